@@ -1,4 +1,4 @@
-"""Mechanistic interpretability for alignment: labelled, interval-carrying answers about what inside a model does what.
+"""Mechanistic interpretability for alignment: which part of a model does what, with intervals and controls.
 
 The names below load on first use (PEP 562), so that ``import mech_align`` itself loads neither torch nor transformer_lens.
 """

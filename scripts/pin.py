@@ -1,4 +1,4 @@
-"""Print an exact pin for every distribution that mech-align with the named extras needs: `python scripts/pin.py dev docs`.
+"""Print an exact pin for every distribution that mech-align needs with some extras: `python scripts/pin.py dev docs`.
 
 `pip freeze` would also pin what merely happens to be installed.
 """
