@@ -1,6 +1,6 @@
 """Mechanistic interpretability for alignment: which part of a model does what, with intervals and controls.
 
-The names below load on first use (PEP 562), so that ``import mech_align`` itself loads neither torch nor transformer_lens.
+The names below load on first use (PEP 562): ``import mech_align`` itself loads neither torch nor transformer_lens.
 """
 
 import importlib
