@@ -102,7 +102,9 @@ def _gemma3(**changes: Any) -> Gemma3TextConfig:
 FAMILIES: Mapping[str, Callable[..., Any]] = {
     "gpt2": _gpt2,
     "llama": lambda **c: LlamaConfig(**{**_sizes(rope_parameters=_ROPE, rms_norm_eps=1e-5), **c}),
-    "llama_headdim": lambda **c: LlamaConfig(**{**_sizes(rope_parameters=_ROPE, head_dim=12, tie_word_embeddings=True), **c}),
+    "llama_headdim": lambda **c: LlamaConfig(
+        **{**_sizes(rope_parameters=_ROPE, head_dim=12, tie_word_embeddings=True), **c}
+    ),
     "mistral": lambda **c: MistralConfig(**{**_sizes(rope_parameters=_ROPE, sliding_window=4), **c}),
     "qwen2": lambda **c: Qwen2Config(**{**_sizes(rope_parameters=_ROPE), **c}),
     "qwen3": lambda **c: Qwen3Config(**{**_sizes(rope_parameters=_ROPE, head_dim=12), **c}),
@@ -155,7 +157,24 @@ def save_tiny(family: str, folder: Path, *, tokenizer: bool = True, seed: int = 
 
 def tiny_words() -> list[str]:
     """The vocabulary of :func:`tiny_tokenizer`, by token id."""
-    named = ["<pad>", "<s>", "</s>", "<unk>", "the", "a", "She", "He", "Lily", "Tim", "Anna", "Ben", "went", "to", "park", "."]
+    named = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "the",
+        "a",
+        "She",
+        "He",
+        "Lily",
+        "Tim",
+        "Anna",
+        "Ben",
+        "went",
+        "to",
+        "park",
+        ".",
+    ]
     return [*named, *(f"w{index}" for index in range(VOCAB - len(named)))]
 
 
@@ -171,7 +190,9 @@ def tiny_tokenizer(*, bos: bool = True, padding_side: str = "right") -> PreTrain
     return PreTrainedTokenizerFast(tokenizer_object=core, padding_side=padding_side, **special)
 
 
-def write_adapter(folder: Path, family: str, *, zero: bool = False, rslora: bool = False, seed: int = 1, **changes: Any) -> Path:
+def write_adapter(
+    folder: Path, family: str, *, zero: bool = False, rslora: bool = False, seed: int = 1, **changes: Any
+) -> Path:
     """Write a rank-4 LoRA folder for a tiny model of ``family``: random B, or ``zero`` B, which changes nothing."""
     from peft import LoraConfig, get_peft_model
 

@@ -96,5 +96,7 @@ def _fold(bridge: TransformerBridge, architecture: str) -> None:
             bridge.enable_compatibility_mode(disable_warnings=True, center_unembed=not capped)
     except Exception as error:
         raise UnsupportedModel(
-            f"TransformerBridge cannot fold the weights of {architecture}", why=str(error)[:300], hint="use weights='raw'"
+            f"TransformerBridge cannot fold the weights of {architecture}",
+            why=str(error)[:300],
+            hint="use weights='raw'",
         ) from error

@@ -134,7 +134,9 @@ def activation_name(hf_model: PreTrainedModel) -> str:
     for name in ("silu", "relu", "gelu", "gelu_pytorch_tanh", "relu2", "gelu_fast", "gelu_new"):
         if torch.allclose(act(grid), SUPPORTED_ACTIVATIONS[name](grid), rtol=1e-6, atol=1e-6):
             return name
-    raise UnsupportedModel(f"activation function {type(act).__name__} is none of TransformerLens'", hint="use backend='bridge'")
+    raise UnsupportedModel(
+        f"activation function {type(act).__name__} is none of TransformerLens'", hint="use backend='bridge'"
+    )
 
 
 # ---------------------------------------------------------------- settings, family by family
@@ -171,7 +173,8 @@ def _rope(rope: Settings | None, d_head: int, n_ctx: int) -> Settings:
         found |= {
             "use_yarn_rope": True,
             "yarn_factor": factor,
-            "yarn_attention_factor": rope.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0),
+            "yarn_attention_factor": rope.get("attention_factor")
+            or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0),
             "yarn_beta_fast": float(rope.get("beta_fast") or 32),
             "yarn_beta_slow": float(rope.get("beta_slow") or 1),
             "yarn_original_max_position_embeddings": rope.get("original_max_position_embeddings") or n_ctx,
@@ -273,7 +276,11 @@ def _gpt2(config: Any) -> Settings:
 def _gptj(config: Any) -> Settings:
     d_head = config.n_embd // config.n_head
     return {
-        **{key: value for key, value in _gpt2(_WithDefaults(config)).items() if not key.startswith(("use_attn", "scale_"))},
+        **{
+            key: value
+            for key, value in _gpt2(_WithDefaults(config)).items()
+            if not key.startswith(("use_attn", "scale_"))
+        },
         "parallel_attn_mlp": True,
         "positional_embedding_type": "rotary",
         "rotary_dim": config.rotary_dim or d_head,
