@@ -1,0 +1,51 @@
+"""Sphinx configuration: `make docs`."""
+
+import re
+from importlib.metadata import version as installed_version
+
+project = "mech_align"
+author = "mech_align contributors"
+copyright = "mech_align contributors, MIT licence"
+release = version = installed_version("mech-align")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
+root_doc = "index"
+
+myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = "mech_align"
+html_show_sphinx = False
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+maximum_signature_line_length = 90
+python_display_short_literal_types = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_custom_sections = [("Reference", "notes"), ("References", "notes")]
+
+
+def _dollars_to_math(text: str) -> str:
+    """Docstrings write equations as in Markdown, `$$...$$` and `$...$`; autodoc reads reStructuredText."""
+
+    def block(found: re.Match[str]) -> str:
+        indent = found.group(1)
+        lines = [line.strip() for line in found.group(2).strip().splitlines()]
+        return f"\n{indent}.. math::\n\n" + "\n".join(f"{indent}   {line}" for line in lines) + "\n"
+
+    text = re.sub(r"^([ \t]*)\$\$(.+?)\$\$[.,;]?[ \t]*$", block, text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"(?<![\w`$\\])\$([^$\n]+?)\$(?![\w$])", r":math:`\1`", text)
+
+
+def _process_docstring(_app, _what, _name, _object, _options, lines):
+    lines[:] = _dollars_to_math("\n".join(lines)).splitlines()
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", _process_docstring, priority=400)  # before napoleon
+    return {"parallel_read_safe": True}
