@@ -19,6 +19,8 @@ html_theme = "furo"
 html_title = "mech_align"
 html_show_sphinx = False
 
+default_role = "code"  # a single backtick means code, as in Markdown
+
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
@@ -30,7 +32,10 @@ napoleon_use_ivar = True
 napoleon_custom_sections = [("Reference", "notes"), ("References", "notes")]
 
 
-def _dollars_to_math(text: str) -> str:
+_LITERAL = re.compile(r"(``.+?``|`[^`\n]+`|\$\$.+?\$\$|\$[^$\n]+\$)", re.DOTALL)
+
+
+def _to_rst(text: str) -> str:
     """Docstrings write equations as in Markdown, `$$...$$` and `$...$`; autodoc reads reStructuredText."""
 
     def block(found: re.Match[str]) -> str:
@@ -38,12 +43,14 @@ def _dollars_to_math(text: str) -> str:
         lines = [line.strip() for line in found.group(2).strip().splitlines()]
         return f"\n{indent}.. math::\n\n" + "\n".join(f"{indent}   {line}" for line in lines) + "\n"
 
-    text = re.sub(r"^([ \t]*)\$\$(.+?)\$\$[.,;]?[ \t]*$", block, text, flags=re.MULTILINE | re.DOTALL)
+    pieces = _LITERAL.split(text)  # every second one is code or an equation
+    pieces[::2] = [re.sub(r"\||(?<=[\[, (])\*(?=\w+[\],)])", r"\\\g<0>", piece) for piece in pieces[::2]]
+    text = re.sub(r"^([ \t]*)\$\$(.+?)\$\$[.,;]?[ \t]*$", block, "".join(pieces), flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"(?<![\w`$\\])\$([^$\n]+?)\$(?![\w$])", r":math:`\1`", text)
 
 
 def _process_docstring(_app, _what, _name, _object, _options, lines):
-    lines[:] = _dollars_to_math("\n".join(lines)).splitlines()
+    lines[:] = _to_rst("\n".join(lines)).splitlines()
 
 
 def setup(app):
