@@ -118,14 +118,14 @@ def style_axes(
 
 def label_width(grid: Grid, width: float) -> tuple[float, bool]:
     """Pixels that the longest label below a map needs, and whether the labels have to be slanted to fit."""
-    size = 6.3 * max((len(html.unescape(label)) for label in grid.columns.labels), default=1) + 8
+    size = 6.0 * max((len(html.unescape(label)) for label in grid.columns.labels), default=1) + 4
     return size, size > 30 and size * len(grid.columns.labels) > width
 
 
 def below(grid: Grid, width: float) -> float:
     """Pixels that tick labels and the title of the axis take below a map."""
     size, slanted = label_width(grid, width)
-    return (0.75 * size + 14 if slanted else 22) + (24 if grid.columns.title else 0)
+    return (0.75 * size + 18 if slanted else 22) + (24 if grid.columns.title else 0)
 
 
 def row_height(n_rows: int) -> float:

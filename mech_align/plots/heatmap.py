@@ -1,24 +1,13 @@
 """Where in the network an effect sits: a map of cells."""
 
-import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 
-from mech_align.errors import MechAlignError
-from mech_align.plots._facts import ALPHA, averaged, basis, companions, dress, heading, quantity
-from mech_align.plots._grid import Grid, Significance, below, draw_grid, grid_of, limits, row_height, style_axes, verdict
-from mech_align.plots.theme import show_text
+from mech_align.plots._facts import ALPHA, dress, heading
+from mech_align.plots._grid import Significance
+from mech_align.plots._map import draw_map
 from mech_align.results import Result
-
-_WIDTH = 900
-"""Pixels that a figure is laid out for; it stretches with the page."""
-_SPACE = 0.025
-_MAX_FACETS = 16
-_FACETS = ("part", "intervention", "cell", "token", "position", "head")
 
 
 def heatmap(
@@ -44,199 +33,11 @@ def heatmap(
     Raises:
         MechAlignError: More axes than can be drawn; says what to select.
     """
-    mean = averaged(result)
-    rows, columns, facet = _roles(mean, facet)
-    names = list(tokens) if tokens is not None else None
-    grids = _facets(mean, rows, columns, facet, names)
-    extra = [
-        grid_of(other, rows, None, names, label)
-        for label, other in companions(result, beside).items()
-        if rows == "layer" and _same_rows(mean, other, label)
-    ]
-    largest = limit if limit is not None else max(grid.largest for grid in grids)
     figure = go.Figure()
-    place = _Place(grids[0], len(grids), len(extra), facet is not None)
-    for i, grid in enumerate(grids):
-        _panel(figure, grid, place, i, "coloraxis", significance, alpha, facet is not None)
-    for i, grid in enumerate(extra):
-        _panel(figure, grid, place, len(grids) + i, "coloraxis2", significance, alpha, False)
-    _colour_bars(figure, mean, grids, extra, place, largest)
-    missing = sum(grid.n_missing for grid in (*grids, *extra))
-    notes = [basis(mean), verdict([*grids, *extra], alpha, significance), "hatched: not measured" if missing else ""]
-    clipped = limit is not None and any(grid.largest > limit for grid in grids)
-    notes[2] = " · ".join(filter(None, (notes[2], f"colours end at ±{limit:g}: larger effects clipped" if clipped else "")))
-    return dress(
-        figure, title=heading(mean, title), notes=notes, height=place.height, bottom=place.bottom,
-        top=24 if facet is not None else 4, left=place.left, right=28,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the panels go: facets in lines of at most four, columns of their own scale at the right."""
-
-    first: Grid
-    n_facets: int
-    n_extra: int
-    titled: bool
-
-    @property
-    def left(self) -> float:
-        longest = max(len(html.unescape(label)) for label in self.first.rows.labels)
-        return max(64, 6.3 * longest + 40)
-
-    @property
-    def below(self) -> float:
-        """Pixels between a map and what comes under it."""
-        return below(self.first, self.pixels(0)) + 16
-
-    @property
-    def bottom(self) -> float:
-        return self.below + 58
-
-    @property
-    def n_columns(self) -> int:
-        return len(self.first.columns.values)
-
-    @property
-    def across(self) -> int:
-        return min(self.n_facets, 4 if self.n_columns <= 24 else 2)
-
-    @property
-    def down(self) -> int:
-        return -(-self.n_facets // self.across)
-
-    @property
-    def panel_height(self) -> float:
-        n_rows = len(self.first.rows.values)
-        return max(row_height(n_rows) * n_rows, 60)
-
-    @property
-    def gap(self) -> float:
-        return self.below + 22 if self.titled else 0
-
-    @property
-    def height(self) -> float:
-        return self.down * self.panel_height + (self.down - 1) * self.gap
-
-    @property
-    def split(self) -> float:
-        """Where the columns of their own scale begin; narrow maps do not stretch over the whole page."""
-        widest = 0.78 if self.n_extra else 1.0
-        return min(widest, max(0.1, self.n_columns * self.across * 110 / _WIDTH))
-
-    def across_domain(self, i: int) -> tuple[float, float]:
-        if i >= self.n_facets:
-            width = 0.075
-            start = self.split + 0.045 + (i - self.n_facets) * (width + 0.03)
-            return start, min(1.0, start + width)
-        width = (self.split - _SPACE * (self.across - 1)) / self.across
-        start = i % self.across * (width + _SPACE)
-        return start, start + width
-
-    def down_domain(self, i: int) -> tuple[float, float]:
-        line = 0 if i >= self.n_facets else i // self.across
-        top = 1 - line * (self.panel_height + self.gap) / self.height
-        return max(0.0, top - self.panel_height / self.height), top
-
-    def pixels(self, i: int) -> float:
-        start, end = self.across_domain(i)
-        return (end - start) * _WIDTH
-
-
-def _panel(
-    figure: go.Figure, grid: Grid, place: _Place, i: int, coloraxis: str, significance: Significance, alpha: float,
-    titled: bool,
-) -> None:  # fmt: skip
-    suffix = "" if i == 0 else str(i + 1)
-    xaxis, yaxis = f"x{suffix}", f"y{suffix}"
-    x, y = place.across_domain(i), place.down_domain(i)
-    own = coloraxis == "coloraxis2"
-    width = place.pixels(i)
-    draw_grid(
-        figure, grid, xaxis=xaxis, yaxis=yaxis, coloraxis=coloraxis, width=width, height=place.panel_height,
-        significance=significance, alpha=alpha,
-    )  # fmt: skip
-    style_axes(
-        figure, grid, xaxis=xaxis, yaxis=yaxis, x=x, y=y, width=width, height=place.panel_height,
-        row_labels=not own and i % place.across == 0,
-    )  # fmt: skip
-    if i:
-        figure.update_layout({f"yaxis{suffix}": {"matches": "y"}})
-    if titled:
-        figure.add_annotation(
-            text=show_text(grid.label), x=x[0], y=y[1], xref="paper", yref="paper", xanchor="left", yanchor="bottom", yshift=4,
-            font={"size": 13},
-        )  # fmt: skip
-
-
-def _colour_bars(
-    figure: go.Figure, result: Result, grids: list[Grid], extra: list[Grid], place: _Place, largest: float
-) -> None:
-    y = -place.below / place.height
-    bar: dict[str, Any] = {
-        "orientation": "h", "thickness": 10, "xanchor": "left", "yanchor": "top", "y": y, "xpad": 0, "ypad": 0,
-    }  # fmt: skip
-    figure.update_layout(
-        coloraxis={
-            **limits(largest),
-            "colorbar": {**bar, "x": 0, "len": min(0.62, max(place.split, 0.5)), "title": {"text": quantity(result), "side": "top"}},
-        }
+    drawn = draw_map(
+        figure, result, beside=beside, facet=facet, significance=significance, alpha=alpha, limit=limit, tokens=tokens
     )
-    if extra:
-        start = place.across_domain(place.n_facets)[0]
-        figure.update_layout(
-            coloraxis2={
-                **limits(max(grid.largest for grid in extra)),
-                "colorbar": {
-                    **bar, "x": start, "len": 1 - start, "nticks": 3, "title": {"text": "same unit, own scale", "side": "top"},
-                },
-            }
-        )  # fmt: skip
-
-
-def _roles(mean: Result, facet: str | None) -> tuple[str, str | None, str | None]:
-    """Which axis goes down, which across, and which becomes panels."""
-    dims = [str(dim) for dim in mean.data.dims]
-    if facet is not None and facet not in dims:
-        raise MechAlignError(f"no axis '{facet}' to lay out as panels", hint=f"axes: {', '.join(dims)}")
-    if not dims or len(dims) > 3:
-        raise MechAlignError(
-            f"a heatmap has two axes, the result has {len(dims)}: {', '.join(dims)}",
-            hint="pick one value of an axis first, e.g. result.select(part='mlp_out')",
-        )
-    if len(dims) == 3 and facet is None:
-        facet = next((name for name in _FACETS if name in dims and mean.data.sizes[name] <= _MAX_FACETS // 2), None)
-    if len(dims) == 3 and (facet is None or mean.data.sizes[facet] > _MAX_FACETS):
-        sizes = ", ".join(f"{dim} ({mean.data.sizes[dim]})" for dim in dims)
-        first = mean.values[dims[1]].values[0] if dims[1] in mean.values.coords else 0
-        raise MechAlignError(
-            f"a heatmap has two axes, the result has three: {sizes}",
-            hint=(f"pick one value, e.g. result.select({dims[1]}={first!r})",
-                  f"or lay an axis of at most {_MAX_FACETS} values out as panels, e.g. heatmap(result, facet={dims[-1]!r})"),
-        )  # fmt: skip
-    rest = [dim for dim in dims if dim != facet]
-    if len(rest) == 1:
-        return rest[0], None, facet
-    rows = "layer" if "layer" in rest else next((d for d in rest if d not in ("position", "token")), rest[0])
-    return rows, next(dim for dim in rest if dim != rows), facet
-
-
-def _facets(mean: Result, rows: str, columns: str | None, facet: str | None, tokens: list[str] | None) -> list[Grid]:
-    if facet is None:
-        return [grid_of(mean, rows, columns, tokens, "effect" if columns is None else "")]
-    values = mean.values[facet].values if facet in mean.values.coords else range(mean.data.sizes[facet])
-    labels = [value if isinstance(value, str) else f"{facet} {value}" for value in np.asarray(values).tolist()]
-    return [
-        grid_of(mean.map(lambda data, i=i: data.isel({facet: i}, drop=True)), rows, columns, tokens, label)
-        for i, label in enumerate(labels)
-    ]
-
-
-def _same_rows(mean: Result, other: Result, label: str) -> bool:
-    if list(map(str, other.data.dims)) != ["layer"] or other.data.sizes["layer"] != mean.data.sizes["layer"]:
-        raise MechAlignError(
-            f"'{label}' cannot stand beside the map: its axes are ({', '.join(map(str, other.data.dims))})",
-            hint="columns beside a map have one value for each of its layers: axes (prompt, layer)",
-        )
-    return True
+    return dress(
+        figure, title=heading(drawn.mean, title), notes=drawn.notes, height=drawn.height, bottom=drawn.bottom,
+        top=drawn.top, left=drawn.left, right=28,
+    )  # fmt: skip
