@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mech_align import plots as plots
+    from mech_align import stats as stats
     from mech_align.analyses.attribution_patching import attribution_patching as attribution_patching
     from mech_align.analyses.causal_tracing import causal_tracing as causal_tracing
     from mech_align.analyses.head_patching import head_patching as head_patching
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from mech_align.models import load_model as load_model
     from mech_align.models import wrap_model as wrap_model
     from mech_align.plots import heatmap as heatmap
+    from mech_align.plots import overview as overview
     from mech_align.plots import ranked as ranked
     from mech_align.prompts import LabelledPrompts as LabelledPrompts
     from mech_align.prompts import Pairs as Pairs
@@ -62,23 +65,30 @@ _HOMES = {
     "logit_lens": "analyses.logit_lens",
     "mean_ablation": "analyses.mean_ablation",
     "neuron_patching": "analyses.neuron_patching",
+    "overview": "plots",
     "probability": "metrics",
     "ranked": "plots",
     "wrap_model": "models",
 }
 
-__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+# Rooms that are worth a look as a whole: ma.plots.lines, ma.stats.split_half.
+_ROOMS = ("plots", "stats")
+
+__all__ = ["__version__", *_HOMES, *_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
     if name in _HOMES:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = value  # the next look-up is an ordinary one
         return value
-    near = get_close_matches(name, _HOMES, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else f"; it offers {', '.join(sorted(_HOMES))}"
+    names = sorted([*_HOMES, *_ROOMS])
+    near = get_close_matches(name, names, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; it offers {', '.join(names)}"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_ROOMS})
