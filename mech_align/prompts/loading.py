@@ -61,8 +61,7 @@ def load_pairs(
             DataFrame, a data set, a list of dicts, or a dict of lists. Only a hub name touches the network.
         split: The split of a data set.
         subset: The configuration of a hub data set.
-        columns: Which column holds which field, where the names differ: ``{"corrupt": "perturbed", "answer":
-            "label"}``.
+        columns: Which column holds which field, where the names differ: ``{"answer": "label"}``.
 
     Returns:
         The pairs; ``notes`` says what was read under another name, repeated, or left unread.

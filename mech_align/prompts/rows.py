@@ -267,7 +267,7 @@ def _read_object(source: Any, split: str | None) -> Table:
     if kind == "polars" and hasattr(source, "to_dicts"):
         return _from_plain(source.to_dicts(), "the DataFrame")
     if isinstance(source, Mapping | list | tuple):
-        return _from_plain(source, "the rows")  # pyright: ignore[reportUnknownArgumentType]
+        return _from_plain(source, "the rows")
     raise BadPrompts(
         f"Prompts cannot be read from {type(source).__name__}.",
         hint=f"Give a path ({_FORMATS}), a hub name, a DataFrame, a data set, or a list of dicts.",
@@ -277,26 +277,33 @@ def _read_object(source: Any, split: str | None) -> Table:
 def _from_plain(content: Any, name: str) -> Table:
     """Rows from a list of objects, an object of lists, or an object that holds one list of objects."""
     table = Table(name, [], [])
-    if isinstance(content, Mapping):
-        lists = {key: value for key, value in content.items() if isinstance(value, list | tuple)}  # pyright:
-        ignore[reportUnknownVariableType] inner = [key for key, value in lists.items() if value and all(isinstance(row, Mapping) for row in value)]  # pyright: ignore[reportUnknownVariableType,
-        reportUnknownArgumentType] if len(lists) == len(content) > 1 and len({len(value) for value in lists.values()}) == 1:  # pyright:
-            ignore[reportUnknownArgumentType] content = [dict(zip(lists, cells, strict=True)) for cells in zip(*lists.values(), strict=True)]  # pyright: ignore[reportUnknownArgumentType,
-        reportUnknownVariableType] elif len(inner) == 1:
-            content = lists[inner[0]]
+    rows: Any = content
+    if isinstance(rows, Mapping):
+        fields: dict[Any, Any] = dict(rows)
+        lists: dict[Any, list[Any]] = {key: list(value) for key, value in fields.items() if _is_list(value)}
+        inner = [key for key, value in lists.items() if value and all(isinstance(row, Mapping) for row in value)]
+        if len(lists) == len(fields) > 1 and len({len(value) for value in lists.values()}) == 1:
+            rows = [dict(zip(lists, cells, strict=True)) for cells in zip(*lists.values(), strict=True)]
+        elif len(inner) == 1 and not isinstance(fields.get("clean", fields.get("text")), str):
+            rows = lists[inner[0]]
             table.notes.append(f"rows were read from {inner[0]!r}")
         else:
-            content = [content]
-    if not isinstance(content, list | tuple):
+            rows = [fields]
+    if not _is_list(rows):
         raise BadPrompts(f"{name}: {found(content)} in place of rows.", hint="Write a list of objects.")
-    for number, row in enumerate(content):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    for number, row in enumerate(rows):
         _add_row(table, row, f"row {number}")
     return table
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (hasattr(value, "tolist") and isinstance(value.tolist(), list))
 
 
 def _add_row(table: Table, row: Any, where: str) -> None:
     if not isinstance(row, Mapping):
         table.problems.append(Problem(where, "", found(row), "write an object with named fields"))
         return
-    table.rows.append({str(key): plain(value) for key, value in row.items()})  # pyright: ignore[reportUnknownArgumentType,
-    reportUnknownVariableType] table.where.append(where)
+    cells: dict[Any, Any] = dict(row)
+    table.rows.append({str(key): plain(value) for key, value in cells.items()})
+    table.where.append(where)
