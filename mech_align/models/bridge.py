@@ -1,7 +1,7 @@
 """Hugging Face model → TransformerBridge: TransformerLens hooks on the Hugging Face modules themselves.
 
-Three habits of the bridge shape this file. It rewrites the model that it is given, in place, so reference logits must be
-taken before. It needs eager attention, or patterns never exist. And its public door loads a tokenizer from the hub when
+Three habits of the bridge shape this file. It rewrites the model that it is given, in place, so reference logits must
+be taken before. It needs eager attention, or patterns never exist. And its public door loads a tokenizer from the hub when
 none is given, and mends the one that is, so the model goes in through the builder behind that door.
 """
 
@@ -35,7 +35,7 @@ def to_bridge(
 
     Args:
         hf_model: Loaded with eager attention, on its final device or devices. Rewritten in place: do not use it again.
-        weights: ``"raw"``, or ``"folded"`` for TransformerLens' compatibility mode (log-probabilities agree, not logits).
+        weights: ``"raw"``, or ``"folded"`` for TransformerLens' compatibility mode (then log-probabilities agree).
 
     Returns:
         A frozen bridge in eval mode, with every q and k hook after rotation where the model rotates.
@@ -73,8 +73,8 @@ def to_bridge(
 def wake_rotary_hooks(bridge: TransformerBridge) -> None:
     """Make ``hook_rot_q`` and ``hook_rot_k`` fire where TransformerLens declares them and never calls them.
 
-    So it is in attention with one fused projection and rotary positions (GPT-NeoX, Phi-3). Bound as a method and not as a
-    closure, so that a deep copy of the bridge fires its own hooks.
+    So it is in attention with one fused projection and rotary positions (GPT-NeoX, Phi-3). Bound as a method and not as
+    a closure, so that a deep copy of the bridge fires its own hooks.
     """
     for block in bridge.blocks:
         attention = getattr(block, "attn", None)

@@ -1,8 +1,8 @@
 """Hugging Face model → HookedTransformer, from its configuration object and its weights, never from a name or path.
 
-TransformerLens' own loader finds an architecture by looking for words in the name, asks the hub, and reads a few
-constants of known checkpoints. Here the configuration is written out of the Hugging Face one, the activation function is
-recognised by its values, and TransformerLens' weight converters do the rest; ``loading`` then compares the logits.
+TransformerLens' own loader finds an architecture by looking for words in the name, asks the hub, and knows some
+checkpoints' constants by heart. Here the configuration is written out of the Hugging Face one, the activation function
+is recognised by its values, and TransformerLens' weight converters do the rest; ``loading`` compares the logits.
 """
 
 import contextlib
@@ -76,10 +76,15 @@ def to_hooked(
             why=f"{type(error).__name__}: {error}",
             hint="use backend='bridge'",
         ) from error
+    final, folded = cfg.dtype, weights == "folded"
+    if folded and final != torch.float64:
+        cfg.dtype = torch.float32  # products of weights, rounded once at the end
     with quiet_construction():
         inner = HookedTransformer(cfg)
         _check_complete(inner, state, architecture)
         inner.load_and_process_state_dict(state, **_processing(weights, cfg))
+        if cfg.dtype != final:
+            inner.to(final)
     inner.tokenizer = tokenizer_copy(tokenizer)
     return inner.requires_grad_(False).eval()
 
@@ -103,8 +108,8 @@ def prepends_bos(tokenizer: PreTrainedTokenizerBase | None) -> bool:
 def tokenizer_copy(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
     """A tokenizer for ``inner.to_tokens`` that leaves the user's own as it is.
 
-    ``HookedTransformer.set_tokenizer`` would reload the tokenizer with a forced BOS, from the hub if need be, and set pad
-    and BOS tokens on the user's object. The copy pads on the right: with left padding HookedTransformer guesses a mask
+    ``HookedTransformer.set_tokenizer`` would reload the tokenizer with a forced BOS, from the hub if need be, and set
+    pad and BOS tokens on the user's object. The copy pads on the right: with left padding HookedTransformer guesses a mask
     from the pad id, and where pad is EOS is BOS it masks real tokens.
     """
     if tokenizer is None:
@@ -130,7 +135,7 @@ def activation_name(hf_model: PreTrainedModel) -> str:
     if act is None:
         raise UnsupportedModel("no activation function found in the MLP", hint="use backend='bridge'")
     grid = torch.linspace(-6, 6, 241)
-    # gelu_pytorch_tanh before gelu_new: the same function, but TransformerLens writes the latter out by hand, 5 x slower.
+    # gelu_pytorch_tanh before gelu_new: the same function, which TransformerLens writes out by hand, 5 x slower.
     for name in ("silu", "relu", "gelu", "gelu_pytorch_tanh", "relu2", "gelu_fast", "gelu_new"):
         if torch.allclose(act(grid), SUPPORTED_ACTIVATIONS[name](grid), rtol=1e-6, atol=1e-6):
             return name
@@ -380,7 +385,7 @@ _FAMILIES: dict[str, tuple[str, Callable[[Any], Settings]]] = {
 
 
 def _add_attention_biases(state: dict[str, torch.Tensor], hf_model: Any, cfg: HookedTransformerConfig) -> None:
-    """Add the biases that Llama-like configurations may switch on and that TransformerLens' converters leave at zero."""
+    """Add the biases that Llama-like configurations may switch on and TransformerLens' converters leave out."""
     layers = getattr(getattr(hf_model, "model", None), "layers", None)
     if layers is None:
         return

@@ -1,14 +1,14 @@
 """Our addresses → TransformerLens hook points, the same values in the same layout on both backends.
 
 Layouts: resid_pre, resid_mid, resid_post, attn_out, mlp_out ``[batch, position, d_model]``; z and q
-``[batch, position, head, d_head]``; k and v ``[batch, position, kv_head, d_head]``, true key-value heads, never repeated;
-pattern ``[batch, head, query, key]``; mlp_post ``[batch, position, neuron]``, the input of the down projection, for gated
-MLPs act(gate) * up. q and k are what enters the dot product: after their norm and after rotation. attn_out and mlp_out are
-what is added to the residual stream: after a post-norm where the model has one.
+``[batch, position, head, d_head]``; k and v ``[batch, position, kv_head, d_head]``, true key-value heads, never
+repeated; pattern ``[batch, head, query, key]``; mlp_post ``[batch, position, neuron]``, the input of the down
+projection, for gated MLPs act(gate) * up. q and k are what enters the dot product: after their norm and after rotation.
+attn_out and mlp_out are what is added to the residual stream: after a post-norm where the model has one.
 
 Names alone prove little: some hooks of the bridge exist and never fire, some fire without effect. So the first question
-about a model runs three tokens through it and keeps, per layer, the hooks that fire exactly once, have the right shape and
-obey resid_pre + attn_out = resid_mid and resid_mid + mlp_out = resid_post.
+about a model runs three tokens through it and keeps, per layer, the hooks that fire exactly once, have the right shape
+and obey resid_pre + attn_out = resid_mid and resid_mid + mlp_out = resid_post.
 """
 
 import contextlib
@@ -165,6 +165,12 @@ def check_writable(inner: Inner, part: str, layer: int = 0) -> None:
             why="the attention runs inside Hugging Face's own code, which hands out the value only after using it",
             hint="use backend='hooked', or change z instead",
         )
+
+
+def hooks_in_place(inner: Inner) -> int:
+    """How many hooks the model carries now, whoever set them."""
+    points: Mapping[str, HookPoint] = inner.hook_dict
+    return sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in set(points.values()))
 
 
 def to_layout(value: Tensor, part: str, shape: ModelShape) -> Tensor:
