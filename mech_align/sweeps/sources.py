@@ -42,12 +42,9 @@ class Run:
 
     @classmethod
     def clean(cls, pairs: TokenPairs) -> "Run":
-        """The clean side of the pairs; positions that have no partner on the corrupt side carry no name."""
-        named: list[dict[str, Sequence[int]]] = []
-        for names, where in zip(pairs.named, pairs.source_position, strict=True):
-            named.append({name: [int(where[p]) for p in positions if where[p] >= 0] for name, positions in names.items()})
-        return cls(_rows(pairs.clean), _rows(pairs.answer), _rows(pairs.wrong), tuple(named), tuple(pairs.group),
-                   tuple(pairs.id))  # fmt: skip
+        """The clean side of the pairs."""
+        return cls(_rows(pairs.clean), _rows(pairs.answer), _rows(pairs.wrong), tuple(pairs.named_clean),
+                   tuple(pairs.group), tuple(pairs.id))  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.tokens)

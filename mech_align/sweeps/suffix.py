@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mech_align.errors import PatchDidNotFire
 from mech_align.interventions import Intervention
 from mech_align.models.decoder import Decoder, DecoderLayer, causal_mask
 from mech_align.sites import PARTS
@@ -101,7 +102,9 @@ class SuffixEngine:
         last: The metric position of each prompt.
         sources: By source name, the values of another run at the positions of this one.
         score: ``(resid [b, c, d]) -> [b, c]``, from the final residual stream at the metric position.
+        lowest: The lowest layer that a cell edits.
         row_budget: How many rows of the residual stream may travel at once; bounds the memory.
+        base: The undisturbed run, where another engine on the same prompts already has it.
     """
 
     def __init__(
@@ -114,11 +117,12 @@ class SuffixEngine:
         *,
         lowest: int = 0,
         row_budget: int = 1024,
+        base: dict[tuple[int, str], Tensor] | None = None,
     ) -> None:
         self.decoder, self.ids, self.last, self.sources, self.score = decoder, ids, last, sources, score
         self.row_budget = row_budget
         top = len(decoder.layers) - 1
-        self.base = undisturbed(
+        self.base = base or undisturbed(
             decoder, ids, keep=lambda index, part: part in _KEPT and (index >= lowest or index == top)
         )
 
@@ -127,15 +131,11 @@ class SuffixEngine:
         return self.score(self._at_last(self.base[len(self.decoder.layers) - 1, "resid_post"])[:, None])[:, 0]
 
     def run(self, cells: Sequence[PlacedCell]) -> Float[Tensor, "b cell"]:
-        """Scores under each cell, in the order of the cells."""
-        out = torch.full((len(self.ids), len(cells)), torch.nan, dtype=torch.float32, device=self.ids.device)
-        for members in self._chunks(cells):
-            window = _Window(self, [cells[i] for i in members])
-            out[:, members] = window.score().to(out.device)
-        return out
+        """Scores under cells that travel together, in their order."""
+        return _Window(self, cells).score()
 
-    def _chunks(self, cells: Sequence[PlacedCell]) -> Iterator[list[int]]:
-        """Cells that enter at the same place and need about the same positions, as many as the budget allows."""
+    def chunks(self, cells: Sequence[PlacedCell]) -> Iterator[list[int]]:
+        """Numbers of cells that enter at the same place and need about the same positions, as many as the budget allows."""
         top = len(self.decoder.layers) - 1
         keyed: list[tuple[tuple[int, int, int, int], int]] = []
         for number, cell in enumerate(cells):
@@ -193,6 +193,7 @@ class _Window:
         self.layers = engine.decoder.layers
         self.top = len(self.layers) - 1
         self.edits: dict[tuple[int, str], list[tuple[int, Placed]]] = {}
+        self.fired: set[tuple[int, str]] = set()
         for number, cell in enumerate(cells):
             for edit in cell:
                 self.edits.setdefault((edit.layer, edit.part), []).append((number, edit))
@@ -215,6 +216,8 @@ class _Window:
         for index in range(self.entry[0], self.top + 1):
             x = self._step(index, x)
         assert x is not None
+        if self.fired != self.edits.keys():
+            raise PatchDidNotFire(f"edits at {sorted(self.edits.keys() - self.fired)} were not reached")
         last = x[:, :, 0] if self.single else _pick(x, self.engine.last.to(x.device) - self.start.to(x.device))
         return self.engine.score(last.expand(-1, len(self.cells), -1))
 
@@ -315,6 +318,7 @@ class _Window:
         edits = self.edits.get((index, part))
         if not edits:
             return value
+        self.fired.add((index, part))
         value = value.expand(-1, len(self.cells), *value.shape[2:]).clone()
         for number, edit in edits:
             current = value[:, number]
@@ -329,6 +333,7 @@ class _Window:
 
     def _edited_pattern(self, index: int, value: Float[Tensor, "b c head w j"]) -> Tensor:
         edits = self.edits[index, "pattern"]
+        self.fired.add((index, "pattern"))
         value = value.expand(-1, len(self.cells), *value.shape[2:]).clone()
         for number, edit in edits:
             heads = list(edit.intervention.index or range(value.shape[2]))
@@ -351,6 +356,7 @@ class _Window:
                     for _, e in edits)  # fmt: skip
         if size is None or not alike or len(edits) != len(self.cells):
             return None
+        self.fired.add((index, part))
         which = torch.tensor([e.intervention.index for _, e in edits], device=weight.device)  # [c, k]
         base = self._cut(self._inner(index, part))  # [b, w, head|neuron, ...]
         old = base[:, :, which]  # [b, w, c, k, ...]
