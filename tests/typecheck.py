@@ -1,0 +1,9 @@
+"""The checker behind pytest's --jaxtyping-packages: beartype, with one hint that it does not know."""
+
+from typing import Any
+
+import numpy as np
+from beartype import BeartypeConf, BeartypeHintOverrides, beartype
+
+# beartype wants np.dtype[...] as the second argument; pyright is content with Any.
+check = beartype(conf=BeartypeConf(hint_overrides=BeartypeHintOverrides({np.ndarray[Any, Any]: np.ndarray})))
