@@ -604,9 +604,11 @@ def cohens_d(
     r"""How far apart are two samples, in pooled standard deviations? :math:`d = (\bar a - \bar b) / s_p`.
 
     :math:`s_p^2 = ((n_a - 1) s_a^2 + (n_b - 1) s_b^2) / (n_a + n_b - 2)`. Interval: grouped bootstrap, widened for few
-    groups as in `summarize`, with the limits reflected about d (the basic bootstrap): with few groups d comes out too
-    large, resampled d larger still. It covered 95-99 % in simulations with 3 to 20 groups, unreflected 82-95 %. Groups that occur in both samples (one template, two conditions) are drawn together;
-    otherwise each sample's groups are drawn on their own. `groups` = (labels of a, labels of b); None: prompts.
+    groups as in `summarize`, on the scale of arcsinh(d) with the limits reflected about d: with few groups d comes out
+    too large, and resampled d larger still (coverage of 95 % in simulations with 3 to 20 groups: 88-99 %).
+
+    Groups that occur in both samples (one template, two conditions) are drawn together; otherwise each sample's groups
+    are drawn on their own. `groups` = (labels of a, labels of b); None: every prompt on its own.
 
     Reference: Cohen (1988), Statistical Power Analysis, section 2.2.
 
@@ -649,7 +651,8 @@ def cohens_d(
     if len(resampled) < n_resamples / 2:  # too few groups for the spread to survive resampling
         return Interval(estimate, math.nan, math.nan)
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    low, high = _widen(estimate, 2 * estimate - high, 2 * estimate - low, n_groups, confidence)
+    centre, low, high = np.arcsinh([estimate, low, high])
+    low, high = np.sinh(_widen(centre, 2 * centre - high, 2 * centre - low, n_groups, confidence))
     return Interval(estimate, float(low), float(high))
 
 

@@ -75,6 +75,15 @@ def test_random_flips_agree_with_all_flips():
     assert (sampled.p >= 1 / 2_001).all()
 
 
+def test_random_flips_never_give_zero_and_go_on_for_large_maps():
+    values = 1 + np.random.default_rng(3).normal(size=(30, 144)) * 0.01  # no pattern but +-all reaches these sums
+    one = stats.summarize(values[:, :1], n_resamples=2, n_flips=500)
+    assert one.p[0] == one.p_maxt[0] == one.p_floor == 1 / 501
+    many = stats.summarize(values, n_resamples=2, n_flips=500)
+    assert (many.p == 1 / (144 / 0.05 + 1)).all() and many.p_floor == many.p[0]
+    assert (many.p_maxt == 1 / 501).all()
+
+
 @pytest.mark.parametrize(("n_groups", "least"), [(3, 0.92), (5, 0.92), (8, 0.93), (30, 0.93)])
 def test_intervals_cover(n_groups: int, least: float):
     rng = np.random.default_rng(n_groups)
@@ -379,21 +388,32 @@ def test_cohens_d():
     assert far == pytest.approx(d, rel=1e-6)
 
 
-def test_cohens_d_covers_with_groups():
+@pytest.mark.parametrize("n_groups", [4, 10])
+def test_cohens_d_covers_with_groups(n_groups: int):
     rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(10), 4).tolist()
+    labels = np.repeat(np.arange(n_groups), 4).tolist()
     covered = naive = 0
     for seed in range(150):
-        shift = rng.normal(size=(2, 10)) * 0.8  # each arm has its own template effects
-        a, b = (np.repeat(s, 4) + rng.normal(size=40) * 0.6 for s in shift)
-        truth = 1.0
+        shift = rng.normal(size=(2, n_groups)) * 0.8  # each arm has its own template effects
+        a, b = (np.repeat(s, 4) + rng.normal(size=4 * n_groups) * 0.6 for s in shift)
         arms = (labels, [f"b{x}" for x in labels])
-        low, high = stats.cohens_d(a + truth, b, arms, n_resamples=400, seed=seed)[1:]
-        covered += low <= truth <= high
-        low, high = stats.cohens_d(a + truth, b, n_resamples=400, seed=seed)[1:]
-        naive += low <= truth <= high
-    assert covered / 150 >= 0.88
+        low, high = stats.cohens_d(a + 2, b, arms, n_resamples=400, seed=seed)[1:]
+        covered += low <= 2 <= high
+        low, high = stats.cohens_d(a + 2, b, n_resamples=400, seed=seed)[1:]
+        naive += low <= 2 <= high
+    assert covered / 150 >= 0.91
     assert naive < covered - 10
+
+
+def test_cohens_d_draws_shared_groups_together():
+    rng = np.random.default_rng(1)
+    labels = np.repeat(np.arange(12), 2).tolist()
+    template = np.repeat(rng.normal(size=12), 2)  # moves both samples alike
+    a, b = template + 0.1 + rng.normal(size=24) * 0.1, template + rng.normal(size=24) * 0.1
+    together = stats.cohens_d(a, b, (labels, labels))
+    apart = stats.cohens_d(a, b, (labels, [f"b{x}" for x in labels]))
+    assert together.estimate == apart.estimate
+    assert together.high - together.low < 0.7 * (apart.high - apart.low)
 
 
 def test_normalise_guards_weak_pairs():
