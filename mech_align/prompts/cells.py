@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mech_align.errors import BadPrompts
 from mech_align.prompts.alignment import RESERVED_NAMES
 from mech_align.prompts.chat import Prompt, as_prompt
 from mech_align.prompts.problems import Problem, found, is_missing, plain, raise_problems
@@ -99,7 +100,9 @@ def _answers(value: Any, where: str, name: str, problems: list[Problem]) -> Answ
     if is_missing(value):
         problems.append(Problem(where, name, "found nothing", write))
         return ()
-    many = list(value) if isinstance(value, list | tuple | set | frozenset) else [value]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=str)  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType]
+    many = list(value) if isinstance(value, list | tuple) else [value]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     good = [one for one in many if isinstance(one, str) and one]
     for one in many:
         if isinstance(one, str) and one:
@@ -159,6 +162,19 @@ def token_row(name: str, row: Any, where: str, problems: list[Problem]) -> Token
     if not row:
         problems.append(Problem(where, name, "found an empty list", write))
     return tuple(dict.fromkeys(row)) if name in ("answer", "wrong") else tuple(row)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+
+
+def listed(name: str, value: Any) -> list[Any]:
+    """The entries of a list, array or column that the user gave under this name.
+
+    Raises:
+        BadPrompts: It is one text or number.
+    """
+    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+        raise BadPrompts(
+            f"`{name}` is one {type(value).__name__}, and not a list.", hint=f"Give {name}=[...], one entry a row."
+        )
+    return list(plain(list(value)))
 
 
 def label(value: Any) -> str:

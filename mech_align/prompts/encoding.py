@@ -1,5 +1,6 @@
 """From pairs of text to pairs of tokens."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -10,7 +11,7 @@ from mech_align.prompts.chat import ChatTemplate, Prompt
 from mech_align.prompts.named_positions import position_index, positions_in_text
 from mech_align.prompts.problems import say_some
 from mech_align.prompts.token_pairs import TokenPairs, aligned_pair
-from mech_align.prompts.tokenizing import PromptIds, pieces, prompt_ids, spans, special_id
+from mech_align.prompts.tokenizing import PromptIds, pieces, prompt_ids, spans, special_id, template_start, text_ids
 
 if TYPE_CHECKING:
     from mech_align.prompts.pairs import Pairs
@@ -32,6 +33,7 @@ def encode_pairs(
     _check_policy("answers", answers, get_args(AnswerPolicy))
     notes = [*pairs.notes]
     settings: dict[str, Any] = {"ragged": ragged, "answers": answers, "prepend_bos": prepend_bos, "chat_template": None}
+    settings |= {"source": pairs.source, "fingerprint": pairs.fingerprint}
     if pairs.clean_tokens is not None and pairs.corrupt_tokens is not None:
         clean, corrupt = [list(ids) for ids in pairs.clean_tokens], [list(ids) for ids in pairs.corrupt_tokens]
         answer, wrong = list(pairs.answer_tokens or ()), list(pairs.wrong_tokens or ())
@@ -49,13 +51,14 @@ def encode_pairs(
         ]
         clean, corrupt = [one.ids for one in read[0]], [one.ids for one in read[1]]
         answer, wrong, said = _answer_sets(pairs, tokenizer, read[0], read[1], answers)
-        notes += _notes_on_prompts(tokenizer, [*read[0], *read[1]]) + said
+        notes += _notes_on_prompts(tokenizer, [*read[0], *read[1]], pairs.chat) + said
         custom = [positions_in_text(pairs, i, tokenizer, read[0][i], read[1][i]) for i in range(len(pairs))]
         settings |= describe_encoding(tokenizer, read[0], pairs.chat)
     check_context([*pairs.id, *pairs.id], [*clean, *corrupt], n_ctx)
     for i, pair in enumerate(pairs.id):
         if (shared := overlap(tokenizer, answer[i], wrong[i], f"pair {pair}")) is not None:
             raise shared
+    notes += _notes_on_names(custom)
     aligned = [aligned_pair(clean[i], corrupt[i], custom[i]) for i in range(len(pairs))]
     encoded = TokenPairs(
         clean=clean,
@@ -89,6 +92,7 @@ def encode_prompts(
             hint="Give the model its tokenizer, or build the pairs with Pairs.from_tokens(...).",
         )
     encoded: list[PromptIds] = []
+    start = None if chat is not None else template_start(tokenizer)
     for prompt, pair in zip(prompts, ids, strict=True):
         if chat is None and not isinstance(prompt, str):
             raise BadPrompts(
@@ -97,7 +101,11 @@ def encode_prompts(
             )
         try:
             text = prompt if chat is None and isinstance(prompt, str) else _chat(chat).render(prompt, tokenizer)
-            encoded.append(prompt_ids(tokenizer, text, prepend_bos=prepend_bos, from_template=chat is not None))
+            encoded.append(
+                prompt_ids(
+                    tokenizer, text, prepend_bos=prepend_bos, from_template=chat is not None, template_start=start
+                )
+            )
         except BadPrompts as error:
             raise BadPrompts(f"`{name}` of {pair}: {error.what}", why=error.why, hint=error.hints) from error
     return encoded
@@ -219,8 +227,14 @@ def _answer_sets(
     return sets["answer"], sets["wrong"], notes
 
 
-def _notes_on_prompts(tokenizer: Any, prompts: Sequence[PromptIds]) -> list[str]:
+def _notes_on_prompts(tokenizer: Any, prompts: Sequence[PromptIds], chat: ChatTemplate | None) -> list[str]:
     notes = list(dict.fromkeys(note for prompt in prompts for note in prompt.notes))
+    if chat is not None:
+        notes.append(chat.describe())
+        bos = special_id(tokenizer, "bos")
+        plain_start = text_ids(tokenizer, "x", special=True)[:1]
+        if bos is not None and plain_start == [bos] and all(bos not in prompt.ids for prompt in prompts):
+            notes.append("the chat template writes no BOS token, which this tokenizer puts before plain text")
     spaced = sum(prompt.text.endswith(" ") for prompt in prompts)
     if spaced:
         notes.append(
@@ -236,6 +250,19 @@ def _notes_on_prompts(tokenizer: Any, prompts: Sequence[PromptIds]) -> list[str]
                 f"{holding} of {len(prompts)} prompts hold text that the tokenizer does not know ({spelled!r})"
             )
     return notes
+
+
+def _notes_on_names(custom: Sequence[dict[str, tuple[list[int], list[int]]]]) -> list[str]:
+    held = Counter(name for names in custom for name in names)
+    uneven = Counter(name for names in custom for name, (clean, corrupt) in names.items() if len(clean) != len(corrupt))
+    said = [
+        f"the position {name!r} covers unequal numbers of clean and corrupt tokens in {n} pairs: not paired one by one"
+        for name, n in uneven.items()
+    ]
+    n_pairs = len(custom)
+    return said + [
+        f"the position {name!r} is given in {n} of {n_pairs} pairs" for name, n in held.items() if n < n_pairs
+    ]
 
 
 def _holds_unknown(tokenizer: Any, prompt: PromptIds, unknown: int, spelled: str) -> bool:

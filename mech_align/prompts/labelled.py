@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from mech_align.errors import BadPrompts
-from mech_align.prompts.cells import prompt_columns
+from mech_align.prompts.cells import listed, prompt_columns
 from mech_align.prompts.chat import ChatTemplate, Prompt, prompt_text
 from mech_align.prompts.encoding import check_context, encode_prompts
-from mech_align.prompts.problems import fingerprint_of, plain
+from mech_align.prompts.problems import fingerprint_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,7 +65,7 @@ class LabelledPrompts:
             BadPrompts: Lists of unequal length, or entries that cannot be used; says which.
         """
         given = {"text": text, "label": label, "group": group, "id": id}
-        columns = {name: list(plain(list(value))) for name, value in given.items() if value is not None}
+        columns = {name: listed(name, value) for name, value in given.items() if value is not None}
         if len({len(column) for column in columns.values()}) != 1:
             said = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
             raise BadPrompts(f"The lists differ in length: {said}.", hint="Give one entry a prompt in each of them.")

@@ -136,9 +136,20 @@ def _fields(
     for row in table.rows:
         cells = {name: row.get(column) for name, column in chosen.items()}
         if table.delimited:
-            cells |= {name: _unpacked(cells[name]) for name in sets}
+            cells = {name: _unpacked(cell) if name in sets else _chat(cell) for name, cell in cells.items()}
         rows.append(cells)
     return rows, [*table.notes, *notes]
+
+
+def _chat(cell: Any) -> Any:
+    """A cell of text that holds messages as JSON, as those messages; any other cell as it is."""
+    if not isinstance(cell, str) or not cell.lstrip().startswith("[{"):
+        return cell
+    try:
+        messages = json.loads(cell)
+    except json.JSONDecodeError:
+        return cell
+    return messages if all(isinstance(one, dict) and "role" in one for one in messages) else cell
 
 
 def _unpacked(cell: Any) -> Any:

@@ -11,6 +11,7 @@ from mech_align.prompts.cells import (
     PositionValue,
     Tokens,
     label,
+    listed,
     no_groups,
     pair_columns,
     read_positions,
@@ -107,7 +108,7 @@ class Pairs:
             for name, value in {"group": group, "id": id, "positions": positions}.items()
             if value is not None
         }
-        columns = {name: list(plain(_listed(name, value))) for name, value in given.items()}
+        columns = {name: listed(name, value) for name, value in given.items()}
         if len({len(column) for column in columns.values()}) != 1:
             said = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
             raise BadPrompts(f"The lists differ in length: {said}.", hint="Give one entry a pair in each of them.")
@@ -142,7 +143,7 @@ class Pairs:
         problems: list[Problem] = []
         columns: dict[str, list[Tokens]] = {}
         for name, value in {"clean": clean, "corrupt": corrupt, "answer": answer, "wrong": wrong}.items():
-            rows = plain(list(value) if not hasattr(value, "tolist") else value)
+            rows = listed(name, value)
             columns[name] = [token_row(name, row, f"pair {i}", problems) for i, row in enumerate(rows)]
         n = len(columns["clean"])
         if any(len(column) != n for column in columns.values()):
@@ -272,14 +273,6 @@ class Pairs:
         names = ("clean", "corrupt", "answer", "wrong", "group", "id", "positions")
         tokens = ("clean_tokens", "corrupt_tokens", "answer_tokens", "wrong_tokens")
         return {name: getattr(self, name) for name in (*names, *tokens) if getattr(self, name) is not None}
-
-
-def _listed(name: str, value: Any) -> Any:
-    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
-        raise BadPrompts(
-            f"`{name}` is one {type(value).__name__}, and not a list.", hint=f"Give {name}=[...], one a pair."
-        )
-    return list(value)
 
 
 def _mean(lengths: Iterable[int]) -> int:

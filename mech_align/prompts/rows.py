@@ -156,7 +156,7 @@ def _read_json(text: str, name: str) -> Table:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" or "\n{" in text.strip():
+        if error.msg == "Extra data" or (text.lstrip()[0] == "{" and "\n{" in text.lstrip()):
             return _read_jsonl(text, name)  # one object a line under the name .json is common
         raise BadPrompts(
             f"{name} is not JSON: {error.msg}, line {error.lineno}, column {error.colno}.",
@@ -166,7 +166,7 @@ def _read_json(text: str, name: str) -> Table:
 
 
 def _read_delimited(text: str, name: str, delimiter: str | None) -> Table:
-    header = text.lstrip("\n").split("\n", 1)[0]
+    header = text.lstrip().split("\n", 1)[0]
     if delimiter is None:
         delimiter = max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)

@@ -66,7 +66,9 @@ class PromptIds:
     notes: tuple[str, ...]
 
 
-def prompt_ids(tokenizer: Any, text: str, *, prepend_bos: bool | None, from_template: bool) -> PromptIds:
+def prompt_ids(
+    tokenizer: Any, text: str, *, prepend_bos: bool | None, from_template: bool, template_start: int | None = None
+) -> PromptIds:
     """Which tokens does the model read for this text?
 
     Special tokens before the text are those that the tokenizer adds by default, unless the text already brings its own.
@@ -76,6 +78,7 @@ def prompt_ids(tokenizer: Any, text: str, *, prepend_bos: bool | None, from_temp
         text: The prompt, chat template applied.
         prepend_bos: True or False overrules the tokenizer's default.
         from_template: The text comes out of a chat template, which writes its own special tokens.
+        template_start: The token that such a template begins with, to know a text that went through it before.
     """
     body = text_ids(tokenizer, text)
     if not body:
@@ -97,7 +100,7 @@ def prompt_ids(tokenizer: Any, text: str, *, prepend_bos: bool | None, from_temp
     notes = ("the tokenizer's end token after the prompt was left out",) if trailing else ()
     if added and has_bos:
         return PromptIds(body, text, 0, ("prompts already begin with the BOS text: no second BOS token added", *notes))
-    if added and body[0] == _template_start(tokenizer):
+    if added and body[0] == template_start:
         note = "prompts are already in the chat template, which writes no BOS token: none added"
         return PromptIds(body, text, 0, (note, *notes))
     return PromptIds([*added, *body], text, len(added), notes)
@@ -117,8 +120,8 @@ def _added_by_default(tokenizer: Any, text: str, body: list[int]) -> tuple[list[
     )
 
 
-def _template_start(tokenizer: Any) -> int | None:
-    """The special token that the tokenizer's chat template begins with, if it is one."""
+def template_start(tokenizer: Any) -> int | None:
+    """The special token that the tokenizer's chat template begins with; None where it begins with text."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
