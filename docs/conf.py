@@ -3,21 +3,29 @@
 import re
 from importlib.metadata import version as installed_version
 
+from docutils.nodes import SkipNode
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
+
 project = "mech_align"
 author = "mech_align contributors"
 copyright = "mech_align contributors, MIT licence"
 release = version = installed_version("mech-align")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 root_doc = "index"
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "mech_align"
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["equations.css"]
 
 default_role = "code"  # a single backtick means code, as in Markdown
 
@@ -53,6 +61,28 @@ def _process_docstring(_app, _what, _name, _object, _options, lines):
     lines[:] = _to_rst("\n".join(lines)).splitlines()
 
 
+def _mathml(self, node, *, as_block):
+    """Equations as MathML, which browsers draw by themselves: MathJax would be fetched from the net by every reader."""
+    tex = node.astext()
+    if as_block and r"\\" in tex and r"\begin" not in tex:
+        tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"
+    try:
+        self.body.append(tex2mathml(tex, as_block=as_block))
+    except MathError as problem:
+        logging.getLogger(__name__).warning("equation not understood: %s", problem, location=node)
+        self.body.append(f"<code>{self.encode(tex)}</code>")
+    raise SkipNode
+
+
+def _inline_math(self, node):
+    _mathml(self, node, as_block=False)
+
+
+def _block_math(self, node):
+    _mathml(self, node, as_block=True)
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", inline_renderers=(_inline_math, None), block_renderers=(_block_math, None))
     app.connect("autodoc-process-docstring", _process_docstring, priority=400)  # before napoleon
     return {"parallel_read_safe": True}
