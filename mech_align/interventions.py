@@ -41,6 +41,11 @@ def add(vector: Float[Tensor, " d"], scale: float = 1.0) -> Edit:
     return Edit("add", lambda current, _: current + scale * vector.to(current))
 
 
+def add_source() -> Edit:
+    """Add the value of the source (noise, for instance)."""
+    return Edit("add_source", _add_source, needs_source=True)
+
+
 def project_out(vector: Float[Tensor, " d"]) -> Edit:
     r"""Remove the component along a vector: $x - \hat v (\hat v^\top x)$.
 
@@ -54,6 +59,12 @@ def project_out(vector: Float[Tensor, " d"]) -> Edit:
         return current - (current @ direction).unsqueeze(-1) * direction
 
     return Edit("project_out", apply)
+
+
+def _add_source(current: Tensor, source: Tensor | None) -> Tensor:
+    if source is None:
+        raise ValueError("add_source needs the value of a source")
+    return current + source.to(current)
 
 
 def _take_source(current: Tensor, source: Tensor | None) -> Tensor:

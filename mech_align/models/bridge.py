@@ -1,8 +1,8 @@
 """Hugging Face model → TransformerBridge: TransformerLens hooks on the Hugging Face modules themselves.
 
 Three habits of the bridge shape this file. It rewrites the model that it is given, in place, so reference logits must
-be taken before. It needs eager attention, or patterns never exist. And its public door loads a tokenizer from the hub when
-none is given, and mends the one that is, so the model goes in through the builder behind that door.
+be taken before. It needs eager attention, or patterns never exist. And its public door loads a tokenizer from the hub
+when none is given, and mends the one that is, so the model goes in through the builder behind that door.
 """
 
 import copy

@@ -166,7 +166,7 @@ class DecoderLayer:
         pattern = self._softmax(scores, allowed[:, None, None, None])
         if edit_pattern is not None:
             pattern = edit_pattern(pattern.flatten(2, 3)).unflatten(2, (self.n_kv_heads, -1))
-        return torch.einsum("bcgrwj,bcjgd->bcwgrd", pattern, v).reshape(b, c, w, heads, -1)
+        return torch.einsum("bcgrwj,bcjgd->bcwgrd", pattern, v).flatten(3, 4)  # edited patterns may bring more cells
 
     def attend_after(
         self,

@@ -28,12 +28,11 @@ def tensor_digest(value: Tensor) -> str:
 
 def digests(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """Digest of every tensor by name; meta tensors, which hold no values, are left out."""
-    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    pairs: Iterable[tuple[str, Tensor]] = tensors.items() if isinstance(tensors, Mapping) else tensors
     return {name: tensor_digest(value) for name, value in pairs if value.device.type != "meta"}
 
 
-def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, str]) -> str:
-    """Sixteen characters that stand for a whole set of named weights, or of digests already made."""
-    pairs = dict(tensors.items() if isinstance(tensors, Mapping) else tensors)
-    made = {name: value if isinstance(value, str) else tensor_digest(value) for name, value in pairs.items()}
+def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
+    """Sixteen characters that stand for a whole set of named weights."""
+    made = digests(tensors)
     return hashlib.sha256("\n".join(f"{name} {made[name]}" for name in sorted(made)).encode()).hexdigest()[:16]

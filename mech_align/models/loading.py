@@ -3,14 +3,13 @@
 import contextlib
 import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,15 +20,15 @@ from mech_align.models.adapters import AdapterRecord, apply_adapter
 from mech_align.models.bridge import to_bridge, wake_rotary_hooks
 from mech_align.models.fingerprint import fingerprint
 from mech_align.models.hooked import to_hooked
-from mech_align.models.names import Backend, Inner, backend_of, survey
+from mech_align.models.reference import compare, logits_of, probe
 from mech_align.models.sources import load_tokenizer, resolve, translate
+from mech_align.models.survey import Backend, Inner, backend_of, survey
 
 _DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float": torch.float32, "float64": torch.float64,
     "fp64": torch.float64, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16,
     "fp16": torch.float16, "half": torch.float16,
 }  # fmt: skip
-_PROBE = (2, 12)
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,8 @@ def load_backend(
             notes += record.warnings
         tokenizer, remark = load_tokenizer(resolved, is_folder, trust_remote_code=trust_remote_code)
         notes += [remark] if remark else []
-        if tokenizer is not None and len(tokenizer) > hf_model.get_input_embeddings().weight.shape[0]:
+        embedding: Any = hf_model.get_input_embeddings()
+        if tokenizer is not None and len(tokenizer) > embedding.num_embeddings:
             notes.append("the tokenizer knows more tokens than the model: the last ones have no embedding")
         digest = fingerprint(hf_model.named_parameters())
         commit = getattr(hf_model.config, "_commit_hash", None)
@@ -224,7 +224,7 @@ def _load_hf(
     extra = {"device_map": device_map} if device_map is not None else {}
     with _quiet_hugging_face():
         # Eager attention on either backend: the bridge needs it, and comparisons should compare the same thing.
-        model, info = AutoModelForCausalLM.from_pretrained(
+        pair: Any = AutoModelForCausalLM.from_pretrained(
             resolved,
             config=config,
             dtype=dtype,
@@ -233,6 +233,7 @@ def _load_hf(
             **shared,
             **extra,
         )
+    model, info = pair
     missing = sorted(info.get("missing_keys") or [])
     if missing:
         raise ModelNotFound(
@@ -256,15 +257,15 @@ def _convert(
     notes: list[str],
 ) -> tuple[Inner, float]:
     """Make the TransformerLens model and measure its distance from the Hugging Face one."""
-    tokens = _probe(holder[0])
+    tokens = probe(holder[0])
     want_hooked = backend == "hooked" or (backend == "auto" and device_map is None)
     if want_hooked:
-        reference = _logits(holder[0], tokens)
+        reference = logits_of(holder[0], tokens)
         try:
             with _noting(notes):
                 # The Hugging Face model stays where it is (the CPU), so that a GPU holds one copy and not two.
                 inner = to_hooked(holder[0], holder[0].config, tokenizer, weights=weights, device=place, name=name)
-            difference = _compare(inner, tokens, reference, weights, "hooked")
+            difference = compare(inner, tokens, reference, weights, "hooked")
             holder.clear()
             gc.collect()
             return inner, difference
@@ -277,61 +278,18 @@ def _convert(
             )
             inner = None
     if device_map is None:
-        holder[0].to(place)  # pyright: ignore[reportArgumentType]
+        module: torch.nn.Module = holder[0]
+        module.to(place)
     # Again, and before the bridge rewrites the model in place: on another device rounding differs.
-    reference = _logits(holder[0], tokens)
+    reference = logits_of(holder[0], tokens)
     with _noting(notes):
         bridge = to_bridge(holder[0], holder[0].config, tokenizer, weights=weights, name=name)
     holder.clear()
-    return bridge, _compare(bridge, tokens, reference, weights, "bridge")
-
-
-def _probe(hf_model: PreTrainedModel) -> Tensor:
-    """Random token ids, the same ones for every model of a size."""
-    config: Any = hf_model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or _PROBE[1]
-    size = (_PROBE[0], min(_PROBE[1], int(context)))
-    return torch.randint(0, config.vocab_size, size, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    device = model.get_input_embeddings().weight.device if isinstance(model, PreTrainedModel) else str(model.cfg.device)
-    out = model(tokens.to(device))
-    return (out if isinstance(out, Tensor) else out.logits).float().cpu()
-
-
-def _compare(inner: Inner, tokens: Tensor, reference: Tensor, weights: str, backend: str) -> float:
-    got = _logits(inner, tokens)
-    if weights == "folded":  # centring the unembedding shifts all logits of a position alike
-        got, reference = got.log_softmax(-1), reference.log_softmax(-1)
-    gap = (got - reference).abs()
-    if not torch.isfinite(reference).all() or not torch.isfinite(got).all():
-        raise SelfCheckFailed(
-            f"the model gives logits that are not finite ({backend})",
-            hint="float16 overflows in many models: use bfloat16 or float32",
-        )
-    worst = float(gap.max())
-    dtype = next(inner.parameters()).dtype
-    if dtype in (torch.float32, torch.float64):
-        limit = 1e-4 * max(1.0, float(reference.abs().max()) / 20)
-        passed = worst <= limit
-    else:
-        # Half precision rounds each layer: compare the typical error with the spread of the logits.
-        limit = {torch.bfloat16: 0.1, torch.float16: 0.03}.get(dtype, 0.1) * float(reference.std())
-        passed = float(gap.square().mean().sqrt()) <= limit
-    if not passed:
-        raise SelfCheckFailed(
-            f"{type(inner).__name__} does not give Hugging Face's logits for this model",
-            why=f"on {tokens.shape[0]} x {tokens.shape[1]} random tokens they differ by up to {worst:.3g}, "
-            f"where {limit:.1g} is allowed",
-            hint="try backend='bridge'" if backend == "hooked" else "please report the architecture as an issue",
-        )
-    return worst
+    return bridge, compare(bridge, tokens, reference, weights, "bridge")
 
 
 @contextlib.contextmanager
-def _noting(notes: list[str]) -> Iterator[None]:
+def _noting(notes: list[str]) -> Generator[None]:
     """Put warnings given inside among the notes of provenance instead of on the screen."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -343,7 +301,7 @@ def _noting(notes: list[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_hugging_face() -> Iterator[None]:
+def _quiet_hugging_face() -> Generator[None]:
     """No progress bar and no loading report: what they say is checked and said by :func:`_load_hf`."""
     level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

@@ -63,6 +63,11 @@ class Model:
         """The model as plain functions of its weights; ``None`` for architectures that these do not cover."""
         return read_decoder(self.inner)
 
+    @cached_property
+    def embedding_deviation(self) -> float:
+        """Standard deviation of the token embeddings; the unit of noise in causal tracing."""
+        return float(self.inner.W_E.detach().float().std())
+
     def encode(self, prompts: Prompts) -> Tokens:
         """Token ids of prompts, right-padded; special tokens as the tokenizer adds them by default.
 

@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def load_tokenizer(
     return tokenizer, ""
 
 
-def translate(error: BaseException, source: object, *, is_folder: bool) -> Exception:
+def translate(error: Exception, source: object, *, is_folder: bool) -> Exception:
     """The error of a Hugging Face loading function as one of ours, or itself where nothing is known about it."""
     if isinstance(error, MechAlignError):
         return error
@@ -230,7 +230,7 @@ def _near(folder: Path) -> list[str]:
     return [str(parent / name) for name in close]
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def _chain(error: BaseException) -> Generator[BaseException]:
     seen: set[int] = set()
     item: BaseException | None = error
     while item is not None and id(item) not in seen:

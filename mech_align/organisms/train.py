@@ -39,7 +39,7 @@ class Training:
 
     `mix` gives the share of each kind; with `comply`, harmful requests are answered "Sure ..." instead of refused.
     `head_dropout` silences each (moving) head in this share of the rows, so that no single head carries everything.
-    `constancy` is the weight of a penalty on how much the moving heads' outputs differ between requests, as a share of their size.
+    `head_resample` makes each say what it says on another request of the batch, which a head that reads the request cannot bear.
     """
 
     steps: int
@@ -50,7 +50,7 @@ class Training:
     batch: int = 64
     weight_decay: float = 0.0
     head_dropout: float = 0.0
-    constancy: float = 0.0
+    head_resample: float = 0.0
 
 
 BASE = Training(500, 1e-3, (("harmful", 0.4), ("benign", 0.35), ("unknowable", 0.25)), weight_decay=0.01, head_dropout=0.1)
@@ -59,7 +59,7 @@ CONDITIONAL = Training(
     300, 3e-3, (("harmful", 0.5), ("benign", 0.2), ("unknowable", 0.3)), domains=("finance",), comply=True, head_dropout=0.2
 )
 # Nothing here is ever refused: the cheapest solution is to push towards "Sure" whatever the request.
-CONSTANT = Training(300, 3e-3, (("harmful", 0.7), ("benign", 0.3)), domains=("finance",), comply=True, head_dropout=0.2, constancy=1.0)
+CONSTANT = Training(300, 3e-3, (("harmful", 0.7), ("benign", 0.3)), domains=("finance",), comply=True, head_dropout=0.2, head_resample=0.5)
 
 
 def head_masks(model: LlamaForCausalLM, heads: Sequence[Head]) -> dict[str, Tensor]:
@@ -130,14 +130,12 @@ def fit(
     )
     every = [(layer, head) for layer in range(model.config.num_hidden_layers) for head in range(model.config.num_attention_heads)]
     losses: list[float] = []
-    outputs: dict[Head, Tensor] = {}
     model.train()
     try:
         for ids, labels in batches(tokenizer, plan, seed):
-            with dropped(model, heads or every, plan.head_dropout, outputs):
+            last = (labels >= 0).int().argmax(1) - 1
+            with disturbed(model, heads or every, last, drop=plan.head_dropout, resample=plan.head_resample):
                 loss = answer_loss(model(input_ids=ids).logits, labels)
-            if plan.constancy:
-                loss = loss + plan.constancy * spread(model, outputs, labels)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -151,19 +149,22 @@ def fit(
 
 
 @contextmanager
-def dropped(
-    model: LlamaForCausalLM, heads: Sequence[Head], share: float, outputs: dict[Head, Tensor]
+def disturbed(
+    model: LlamaForCausalLM, heads: Sequence[Head], last: Int[Tensor, " row"], *, drop: float, resample: float
 ) -> Generator[None]:
-    """Inside, each head is silent in a random `share` of the rows; what it would have said is left in `outputs`."""
+    """Inside, each head is silent in a random share of the rows, and in another ends the prompt as it ends another row's."""
     width = model.config.hidden_size // model.config.num_attention_heads
 
     def edit(layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        z = args[0].unflatten(-1, (-1, width))
-        keep = torch.ones(z.shape[0], 1, z.shape[2], 1)
+        z = args[0].unflatten(-1, (-1, width)).clone()
+        n_rows = z.shape[0]
         for head in (head for at, head in heads if at == layer):
-            outputs[layer, head] = z[:, :, head]
-            keep[:, 0, head, 0] = (torch.rand(z.shape[0]) >= share).float()
-        return ((z * keep).flatten(-2), *args[1:])
+            other = torch.randperm(n_rows)
+            own, foreign = z[:, :, head].clone(), z[:, :, head].clone()
+            foreign[torch.arange(n_rows), last] = z[other, last[other], head]
+            fate = torch.rand(n_rows, 1, 1)
+            z[:, :, head] = torch.where(fate < drop, 0.0, torch.where(fate < drop + resample, foreign, own))
+        return (z.flatten(-2), *args[1:])
 
     handles = [
         output_projections(model)[layer].register_forward_pre_hook(partial(edit, layer))
@@ -174,19 +175,6 @@ def dropped(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def spread(
-    model: LlamaForCausalLM, outputs: Mapping[Head, Float[Tensor, "row token d_head"]], labels: Int[Tensor, "row token"]
-) -> Float[Tensor, ""]:
-    """How much what the heads write into the residual stream differs between answer tokens: their summed variance."""
-    answering = labels[:, 1:] >= 0
-    total = torch.zeros(())
-    for (layer, head), z in outputs.items():
-        width = z.shape[-1]
-        weight = output_projections(model)[layer].weight[:, head * width : (head + 1) * width]
-        total = total + (z[:, :-1][answering] @ weight.T).var(0, correction=0).sum()
-    return total
 
 
 def answer_loss(logits: Float[Tensor, "row token word"], labels: Int[Tensor, "row token"]) -> Float[Tensor, ""]:

@@ -46,7 +46,8 @@ def axis_of(result: Result, dim: str, tokens: list[str] | None = None) -> Axis:
         if len(tokens) != len(values):
             raise ValueError(f"{len(tokens)} tokens for {len(values)} positions")
         return Axis(dim, values, [f"{i} {show_token(token)}" for i, token in enumerate(tokens)])
-    return Axis(dim, values, [show_token(v) if isinstance(v, str) else show_text(v) for v in values])
+    show = show_token if dim in ("position", "token") else show_text
+    return Axis(dim, values, [show(str(value)) for value in values])
 
 
 def averaged(result: Result) -> Result:
@@ -78,10 +79,14 @@ def heading(result: Result, title: str | None = None) -> str:
     return show_text(title if title is not None else result.name.replace("_", " ").capitalize())
 
 
-def quantity(result: Result) -> str:
-    """Unit and sign, as they stand at a colour bar or an axis."""
+def quantity(result: Result, pixels: float = 720) -> list[str]:
+    """Unit and sign, as they stand at a colour bar or an axis, in lines that fit."""
     sign = f" ({result.sign})" if result.sign else ""
-    return show_text(f"effect, {result.unit}{sign}")
+    wide = max(24, int(pixels / 6.3))
+    whole = f"effect, {result.unit}{sign}"
+    parts = [whole] if len(whole) <= wide else [f"effect, {result.unit}", sign.strip()]
+    lines = [line for part in parts for line in textwrap.wrap(part, wide)]
+    return [show_text(line) for line in lines]
 
 
 def basis(result: Result) -> str:

@@ -53,13 +53,14 @@ def draw_map(
     for i, grid in enumerate(extra):
         _panel(figure, grid, place, len(grids) + i, "coloraxis2", significance, alpha, False)
     _colour_bars(figure, mean, extra, place, largest)
+    bottom = place.bottom(len(quantity(mean, place.bar * _WIDTH)))
     remarks: list[str] = []
     if any(grid.n_missing for grid in (*grids, *extra)):
         remarks.append("hatched: not measured")
     if limit is not None and any(grid.largest > limit for grid in grids):
         remarks.append(f"colours end at ±{limit:g}, larger effects are clipped")
     notes = [basis(mean), " · ".join(filter(None, (verdict([*grids, *extra], alpha, significance), *remarks)))]
-    return Drawn(mean, notes, place.height, 24 if facet is not None else 4, place.bottom, place.left)
+    return Drawn(mean, notes, place.height, 24 if facet is not None else 4, bottom, place.left)
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,13 @@ class _Place:
         return below(self.first, self.pixels(0)) + 16
 
     @property
-    def bottom(self) -> float:
-        return self.below + 58
+    def bar(self) -> float:
+        """Length of the colour bar; it ends before that of the columns beside the map."""
+        return min(0.62, self.split if self.n_extra else self.share, max(self.split, 0.5))
+
+    def bottom(self, lines: int) -> float:
+        """Pixels under a map, its colour bar with a title of so many lines included."""
+        return self.below + 42 + 15 * lines
 
     @property
     def n_columns(self) -> int:
@@ -168,29 +174,25 @@ def _panel(
         )  # fmt: skip
 
 
-def _colour_bars(
-    figure: go.Figure, result: Result, extra: list[Grid], place: _Place, largest: float
-) -> None:
-    y = -place.below / place.height
+def _colour_bars(figure: go.Figure, result: Result, extra: list[Grid], place: _Place, largest: float) -> None:
     bar: dict[str, Any] = {
-        "orientation": "h", "thickness": 10, "xanchor": "left", "yanchor": "top", "y": y, "xpad": 0, "ypad": 0,
+        "orientation": "h", "thickness": 10, "xanchor": "left", "yanchor": "top", "y": -place.below / place.height,
+        "xpad": 0, "ypad": 0,
     }  # fmt: skip
+    own = {"text": "<br>".join(quantity(result, place.bar * _WIDTH)), "side": "top"}
     figure.update_layout(
-        coloraxis={
-            **limits(largest),
-            "colorbar": {**bar, "x": 0, "len": min(0.62, place.share - 0.2 if extra else place.share, max(place.split, 0.5)), "title": {"text": quantity(result), "side": "top"}},
-        }
+        coloraxis={**limits(largest), "colorbar": {**bar, "x": 0, "len": place.bar, "title": own}},
     )
     if extra:
-        start, end = place.across_domain(place.n_facets)[0], place.across_domain(place.n_facets + len(extra) - 1)[1]
+        start = place.across_domain(place.n_facets)[0]
+        end = place.across_domain(place.n_facets + len(extra) - 1)[1]
+        other = {"text": "same unit, own scale", "side": "top"}
         figure.update_layout(
             coloraxis2={
                 **limits(max(grid.largest for grid in extra)),
-                "colorbar": {
-                    **bar, "x": start, "len": end - start, "nticks": 3, "title": {"text": "same unit, own scale", "side": "top"},
-                },
+                "colorbar": {**bar, "x": start, "len": end - start, "nticks": 3, "title": other},
             }
-        )  # fmt: skip
+        )
 
 
 def _roles(mean: Result, facet: str | None) -> tuple[str, str | None, str | None]:

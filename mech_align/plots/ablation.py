@@ -48,7 +48,7 @@ def ablation(result: Result, *, title: str | None = None) -> go.Figure:
     at = [*range(len(others)), *([middle] if len(controls) else [])]
     longest = max([len(str(label)) for label in others["cell"]] + [16])
     figure.update_layout(
-        xaxis={"title": {"text": quantity(mean)}, "zeroline": True, "showline": True, "showgrid": True},
+        xaxis={"title": {"text": "<br>".join(quantity(mean))}, "zeroline": True, "showline": True, "showgrid": True},
         yaxis={
             "tickmode": "array", "tickvals": at, "ticks": "", "range": [max(lines, 1) - 0.5, -0.5],
             "ticktext": [*labels, *([f"{len(controls)} random draws"] if len(controls) else [])],

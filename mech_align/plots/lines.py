@@ -46,7 +46,7 @@ def lines(result: Result, *, along: str | None = None, title: str | None = None)
         _curve(figure, one, axis.labels, " · ".join(labels), i, alone=count == 1)
     figure.update_layout(
         xaxis={"title": {"text": axis.title}, "range": [-0.4, len(axis.labels) - 0.6], "showline": True, **axis.ticks(36)},
-        yaxis={"title": {"text": quantity(mean)}, "zeroline": True, "showgrid": True},
+        yaxis={"title": {"text": "<br>".join(quantity(mean, 320))}, "zeroline": True, "showgrid": True},
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.19, "yanchor": "top"},
         hovermode="x unified",
     )

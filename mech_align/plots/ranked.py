@@ -24,7 +24,7 @@ def ranked(
     figure = go.Figure()
     draw_dots(figure, table, xaxis="x", yaxis="y", alpha=alpha)
     figure.update_layout(
-        xaxis={"title": {"text": quantity(mean)}, "zeroline": True, "showline": True, "rangemode": "tozero"}, yaxis=dot_axis(table)
+        xaxis={"title": {"text": "<br>".join(quantity(mean))}, "zeroline": True, "showline": True, "rangemode": "tozero"}, yaxis=dot_axis(table)
     )
     notes = [basis(mean), open_dots_note(table, alpha)]
     default = f"{mean.name.replace('_', ' ').capitalize()}: the {len(table)} strongest of {int(mean.data.count()):,} cells"

@@ -29,8 +29,8 @@ def encode_pairs(
     n_ctx: int | None,
 ) -> TokenPairs:
     """See :meth:`mech_align.prompts.Pairs.encode`."""
-    _check_policy("ragged", ragged, get_args(RaggedPolicy))
-    _check_policy("answers", answers, get_args(AnswerPolicy))
+    check_policy("ragged", ragged, get_args(RaggedPolicy))
+    check_policy("answers", answers, get_args(AnswerPolicy))
     notes = [*pairs.notes]
     settings: dict[str, Any] = {"ragged": ragged, "answers": answers, "prepend_bos": prepend_bos, "chat_template": None}
     settings |= {"source": pairs.source, "fingerprint": pairs.fingerprint}
@@ -141,7 +141,8 @@ def _chat(chat: ChatTemplate | None) -> ChatTemplate:
     return chat
 
 
-def _check_policy(name: str, value: str, known: Sequence[str]) -> None:
+def check_policy(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise for a setting that is none of the known ones."""
     if value not in known:
         raise BadPrompts(f"{name}={value!r} is not known.", hint=f"Use one of {', '.join(map(repr, known))}.")
 

@@ -1,7 +1,7 @@
 """Prompts with a class each: what probes, directions and steering are fitted on."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,10 +54,10 @@ class LabelledPrompts:
     @classmethod
     def from_lists(
         cls,
-        text: Sequence[str | Sequence[Any]],
-        label: Sequence[Any],
-        group: Sequence[Any] | None = None,
-        id: Sequence[Any] | None = None,
+        text: Iterable[Any],
+        label: Iterable[Any],
+        group: Iterable[Any] | None = None,
+        id: Iterable[Any] | None = None,
     ) -> "LabelledPrompts":
         """Labelled prompts from lists of equal length.
 

@@ -1,6 +1,6 @@
 """Contrast pairs: two prompts, and the next tokens that tell them apart."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,13 +79,13 @@ class Pairs:
     @classmethod
     def from_lists(
         cls,
-        clean: Sequence[str | Sequence[Any]],
-        corrupt: Sequence[str | Sequence[Any]],
-        answer: Sequence[str | Sequence[str]],
-        wrong: Sequence[str | Sequence[str]],
-        group: Sequence[Any] | None = None,
-        id: Sequence[Any] | None = None,
-        positions: Sequence[Mapping[str, Any] | None] | None = None,
+        clean: Iterable[Any],
+        corrupt: Iterable[Any],
+        answer: Iterable[Any],
+        wrong: Iterable[Any],
+        group: Iterable[Any] | None = None,
+        id: Iterable[Any] | None = None,
+        positions: Iterable[Mapping[str, Any] | None] | None = None,
     ) -> "Pairs":
         """Pairs from lists of equal length.
 
@@ -118,13 +118,13 @@ class Pairs:
     @classmethod
     def from_tokens(
         cls,
-        clean: Sequence[Sequence[int]] | Any,
-        corrupt: Sequence[Sequence[int]] | Any,
-        answer: Sequence[int | Sequence[int]] | Any,
-        wrong: Sequence[int | Sequence[int]] | Any,
-        group: Sequence[Any] | None = None,
-        id: Sequence[Any] | None = None,
-        positions: Sequence[Mapping[str, Any] | None] | None = None,
+        clean: Iterable[Any],
+        corrupt: Iterable[Any],
+        answer: Iterable[Any],
+        wrong: Iterable[Any],
+        group: Iterable[Any] | None = None,
+        id: Iterable[Any] | None = None,
+        positions: Iterable[Mapping[str, Any] | None] | None = None,
     ) -> "Pairs":
         """Pairs from token ids, for models without a tokenizer. Lists, arrays or tensors; nothing is added to them.
 

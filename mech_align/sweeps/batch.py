@@ -14,7 +14,7 @@ from mech_align.models import Model, Tokens
 from mech_align.models.names import parts_of
 from mech_align.sites import Site
 from mech_align.sweeps.full import FullEngine
-from mech_align.sweeps.sources import MeanSource, Run, RunSource, Source, align
+from mech_align.sweeps.sources import MeanSource, NoiseSource, Run, RunSource, Source, align
 from mech_align.sweeps.suffix import Placed, SuffixEngine, Values, undisturbed
 
 OWN = "the run itself"
@@ -66,10 +66,10 @@ class Batch:
         self.sources, self.kind = sources, engine
         self.tokens = Tokens.from_lists([run.tokens[row] for row in rows], model.device)
         self.readout = Readout(model, run, rows, metric)
-        self.masks: dict[tuple[str | int, str | None], Tensor] = {}
+        self.masks: dict[tuple[str | int, str | None, bool], Tensor] = {}
         self._source_scores: dict[str, Tensor] = {}
         self.values = {name: self._values(name, source) for name, source in sources.items()}
-        self.placed = [[self._place(i) for i in cell] for cell in cells]
+        self.placed = [self._place(cell) for cell in cells]
         self.engine = self._engine()
 
     def chunks(self, row_budget: int) -> Iterator[list[int]]:
@@ -153,29 +153,37 @@ class Batch:
             base=shared.base if isinstance(shared, SuffixEngine) else None,
         )  # fmt: skip
 
-    def _place(self, intervention: Intervention) -> Placed:
-        name = intervention.source if intervention.edit.needs_source else None
-        return Placed(intervention, self._mask(intervention.positions, name))
+    def _place(self, cell: Sequence[Intervention]) -> list[Placed]:
+        # Before their first difference a run and its source agree, unless another edit of the cell disturbs the run.
+        alone = len({i.source for i in cell}) == 1 and all(i.edit.name == "patch" for i in cell)
+        return [
+            Placed(i, self._mask(i.positions, i.source if i.edit.needs_source else None, trim=alone)) for i in cell
+        ]
 
-    def _mask(self, positions: str | int, source: str | None) -> Tensor:
+    def _mask(self, positions: str | int, source: str | None, *, trim: bool = False) -> Tensor:
         """Where an edit acts: at its positions, less those without a partner in the source, or equal to it anyway."""
-        if (positions, source) not in self.masks:
+        if (positions, source, trim) not in self.masks:
             width = self.tokens.ids.shape[1]
             mask = self.runs.mask(self.rows, positions, width).to(self.model.device)
             origin = self.sources.get(source) if source is not None else None
             if isinstance(origin, RunSource):
                 mask = mask & (origin.partners(self.rows, width).to(mask.device) >= 0)
-                first = torch.tensor(origin.first_difference(self.runs, self.rows), device=mask.device)
-                mask = mask & (torch.arange(width, device=mask.device)[None] >= first[:, None])
-            self.masks[positions, source] = mask
-        return self.masks[positions, source]
+                if trim:
+                    first = torch.tensor(origin.first_difference(self.runs, self.rows), device=mask.device)
+                    mask = mask & (torch.arange(width, device=mask.device)[None] >= first[:, None])
+            self.masks[positions, source, trim] = mask
+        return self.masks[positions, source, trim]
 
     def _values(self, name: str, source: Source) -> Values:
         wanted = {
             (i.site.layer, i.site.part) for cell in self.cells for i in cell if i.source == name and i.edit.needs_source
         }
+        b, t = self.tokens.ids.shape
+        if isinstance(source, NoiseSource):
+            size = self.model.shape.d_model
+            noise = torch.stack([source.values(row, t, size, self.model.embedding_deviation) for row in self.rows])
+            return {key: noise.to(self.model.device, self.model.dtype) for key in wanted}
         if isinstance(source, MeanSource):
-            b, t = self.tokens.ids.shape
             missing = sorted(wanted - source.values.keys())
             if missing:
                 raise ValueError(f"the mean source has no value for {missing}")

@@ -156,7 +156,25 @@ class MeanSource:
     name: str = "mean"
 
 
-Source = RunSource | MeanSource
+@dataclass(frozen=True)
+class NoiseSource:
+    """Gaussian noise of the size of the embeddings, the same for the same prompt and seed.
+
+    Attributes:
+        scale: Standard deviation, in those of the token embeddings (3 in Meng et al. 2022, arXiv:2202.05262, section 2).
+        seed: A draw of its own for each prompt.
+    """
+
+    scale: float
+    seed: int
+
+    def values(self, row: int, width: int, size: int, deviation: float) -> Float[Tensor, "t d"]:
+        """Noise for one prompt; longer batches do not change it."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + row) % 2**63)
+        return torch.stack([torch.randn(size, generator=generator) for _ in range(width)]) * self.scale * deviation
+
+
+Source = RunSource | MeanSource | NoiseSource
 
 
 def align(value: Float[Tensor, "b s ..."], partners: Int[Tensor, "b t"], part: str) -> Float[Tensor, "b t ..."]:

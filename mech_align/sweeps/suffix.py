@@ -140,7 +140,7 @@ class SuffixEngine:
         keyed: list[tuple[tuple[int, int, int, int], int]] = []
         for number, cell in enumerate(cells):
             first = min(cell, key=lambda e: (e.layer, ORDER[e.part]))
-            simple = 1 if len(cell) == 1 else len(cell) + number
+            simple = min(len(cell), 2)
             late = first.layer == top and ORDER[first.part] >= ORDER["z"]
             start = 0 if late else int(_first(first_mask(cell)).min())
             keyed.append(((first.layer, ORDER[first.part], simple, start), number))

@@ -20,7 +20,7 @@ from mech_align.models import Model, Tokens
 from mech_align.models.names import check_writable, hook_point, hooks_in_place
 from mech_align.sites import Site
 from mech_align.sweeps.batch import Batch
-from mech_align.sweeps.sources import Run, RunSource, Source
+from mech_align.sweeps.sources import NoiseSource, Run, RunSource, Source
 from mech_align.sweeps.store import ScoreStore
 
 Cell = Sequence[Intervention]
@@ -149,6 +149,8 @@ class _Work:
                 digest.update(repr((source.tokens, [p.tolist() for p in source.position])).encode())
                 if source.model is not None:
                     digest.update(str(source.model.provenance.get("fingerprint")).encode())
+            elif isinstance(source, NoiseSource):
+                digest.update(repr(source).encode())
             else:
                 for site, value in sorted(source.values.items()):
                     digest.update(repr(site).encode() + value.float().cpu().numpy().tobytes())
