@@ -37,7 +37,7 @@ class TokenPairs:
     wrong: list[tuple[int, ...]]
     group: tuple[str, ...]
     id: tuple[str, ...]
-    source_position: list[Int[ndarray, " corrupt_position"]]
+    source_position: list[Int[ndarray, " _"]]  # one length a pair
     named: list[dict[str, list[int]]]
     named_clean: list[dict[str, list[int]]]
     notes: list[str] = field(default_factory=list[str])

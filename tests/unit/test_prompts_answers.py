@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers_for_tests import byte_level, sentence_piece, words
+from transformers import PreTrainedTokenizerFast
 
 from mech_align.errors import BadAnswer
 from mech_align.prompts import Pairs, answer_token, leading_space_alternative
@@ -83,8 +84,8 @@ def test_digits_and_bars_get_their_own_hint() -> None:
     ("tokenizer", "one", "other"),
     [(byte_level(), "She", "ĠShe"), (byte_level(), "Sorry", "ĠSorry"), (sentence_piece(), "▁S", "S")],
 )
-def test_leading_space_alternative_goes_both_ways(tokenizer: object, one: str, other: str) -> None:
-    first, second = (tokenizer.convert_tokens_to_ids(piece) for piece in (one, other))  # pyright: ignore
+def test_leading_space_alternative_goes_both_ways(tokenizer: PreTrainedTokenizerFast, one: str, other: str) -> None:
+    first, second = (tokenizer.convert_tokens_to_ids(piece) for piece in (one, other))
     assert leading_space_alternative(tokenizer, first) == second
     assert leading_space_alternative(tokenizer, second) == first
 
@@ -108,9 +109,7 @@ def test_bare_tokenizers_work_as_well() -> None:
 
 @pytest.mark.parametrize("space", ["", " "])
 def test_real_story_model(data_dir: Path, space: str) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(data_dir / "stories260K-hf")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(data_dir / "stories260K-hf")
     pairs = Pairs.from_lists([PARK], ["One day, Tim went to the park."], [space + "She"], [space + "He"])
     encoded = pairs.encode(tokenizer)
     assert tokenizer.convert_ids_to_tokens([*encoded.answer[0], *encoded.wrong[0]]) == ["▁She", "▁He"]
@@ -119,9 +118,7 @@ def test_real_story_model(data_dir: Path, space: str) -> None:
 
 
 def test_real_character_model(data_dir: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(data_dir / "slm4096-hf")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(data_dir / "slm4096-hf")
     prompt = "Q: What is SLM?\nA:"
     assert pieces(tokenizer, [answer_token(tokenizer, prompt, " ").token]) == [" "]
     # "\n" is a character here and the unknown token too: written as itself it is an answer, standing for "Z" it is not.
