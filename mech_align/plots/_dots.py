@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mech_align.plots._facts import ALPHA
-from mech_align.plots.theme import BLUE, GREY, VERMILION, show_text
+from mech_align.plots.theme import BLUE, GREY, VERMILION, Number, show_text
 from mech_align.results import STATISTICS
 
 
@@ -68,7 +68,7 @@ def hover(names: list[str], value: str = "x") -> str:
     return "<br>".join(lines) + "<extra></extra>"
 
 
-def label_room(table: pd.DataFrame) -> float:
+def label_room(table: pd.DataFrame) -> Number:
     """Pixels for the names of the dots."""
     return 6.6 * max((len(str(site)) for site in table["site"]), default=4) + 18
 

@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from mech_align.plots.theme import show_text, show_token, template
+from mech_align.plots.theme import Number, show_text, show_token, template
 from mech_align.results import PROMPT, STATISTICS, Result
 
 ALPHA = 0.05
@@ -79,7 +79,7 @@ def heading(result: Result, title: str | None = None) -> str:
     return show_text(title if title is not None else result.name.replace("_", " ").capitalize())
 
 
-def quantity(result: Result, pixels: float = 720) -> list[str]:
+def quantity(result: Result, pixels: Number = 720) -> list[str]:
     """Unit and sign, as they stand at a colour bar or an axis, in lines that fit."""
     sign = f" ({result.sign})" if result.sign else ""
     wide = max(24, int(pixels / 6.3))
@@ -152,8 +152,8 @@ _TESTS = {"p": "p", "p_maxt": "p maxT", "q": "q (BH)"}
 
 
 def dress(
-    figure: go.Figure, *, title: str, notes: list[str], height: float, bottom: float, top: float = 0, left: float = 64,
-    right: float = 24,
+    figure: go.Figure, *, title: str, notes: list[str], height: Number, bottom: Number, top: Number = 0, left: Number = 64,
+    right: Number = 24,
 ) -> go.Figure:  # fmt: skip
     """Template, title, the lines under it, and margins in pixels around a plot area ``height`` pixels high."""
     lines = [line for note in notes if note for line in textwrap.wrap(note, 118)]

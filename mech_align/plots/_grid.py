@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from mech_align.plots._facts import ALPHA, Axis, averaged, axis_of, hover_numbers, survives
-from mech_align.plots.theme import show_text, tint
+from mech_align.plots.theme import Number, show_text, tint
 from mech_align.results import Result, site_label
 
 Significance = Literal["fade", "outline", "none"]
@@ -34,7 +34,7 @@ class Grid:
         return self.result.data.values.astype(np.float32)
 
     @property
-    def largest(self) -> float:
+    def largest(self) -> Number:
         values = np.abs(self.effect[np.isfinite(self.effect)])
         return float(values.max()) if values.size else 0.0
 
@@ -55,14 +55,14 @@ def grid_of(result: Result, rows: str, columns: str | None, tokens: list[str] | 
     return Grid(flat, axis_of(flat, rows, tokens), axis_of(flat, columns, tokens), label)
 
 
-def limits(largest: float) -> dict[str, Any]:
+def limits(largest: Number) -> dict[str, Any]:
     """A colour axis with 0 in its middle. Plotly ignores ``zmid`` beside limits, so both ends are set."""
     bound = largest if largest > 0 else 1.0
     return {"cmin": -bound, "cmax": bound, "autocolorscale": True}
 
 
 def draw_grid(
-    figure: go.Figure, grid: Grid, *, xaxis: str, yaxis: str, coloraxis: str, width: float, height: float,
+    figure: go.Figure, grid: Grid, *, xaxis: str, yaxis: str, coloraxis: str, width: Number, height: Number,
     significance: Significance = "fade", alpha: float = ALPHA,
 ) -> None:  # fmt: skip
     """Add one map to a figure.
@@ -93,8 +93,8 @@ def draw_grid(
 
 
 def style_axes(
-    figure: go.Figure, grid: Grid, *, xaxis: str, yaxis: str, x: tuple[float, float], y: tuple[float, float], width: float,
-    height: float, row_labels: bool = True,
+    figure: go.Figure, grid: Grid, *, xaxis: str, yaxis: str, x: tuple[Number, Number], y: tuple[Number, Number], width: Number,
+    height: Number, row_labels: bool = True,
 ) -> None:  # fmt: skip
     """Domains, ticks and a frame for one map; rows count from the top."""
     size, slanted = label_width(grid, width)
@@ -116,19 +116,19 @@ def style_axes(
     )  # fmt: skip
 
 
-def label_width(grid: Grid, width: float) -> tuple[float, bool]:
+def label_width(grid: Grid, width: Number) -> tuple[Number, bool]:
     """Pixels that the longest label below a map needs, and whether the labels have to be slanted to fit."""
     size = 6.0 * max((len(html.unescape(label)) for label in grid.columns.labels), default=1) + 4
     return size, size > 30 and size * len(grid.columns.labels) > width
 
 
-def below(grid: Grid, width: float) -> float:
+def below(grid: Grid, width: Number) -> Number:
     """Pixels that tick labels and the title of the axis take below a map."""
     size, slanted = label_width(grid, width)
     return (0.75 * size + 18 if slanted else 22) + (24 if grid.columns.title else 0)
 
 
-def row_height(n_rows: int) -> float:
+def row_height(n_rows: int) -> Number:
     """Pixels of a row: few rows are tall, many are thin but never invisible."""
     return float(min(38, max(9 if n_rows <= 100 else 4, 420 / max(n_rows, 1))))
 

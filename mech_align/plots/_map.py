@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from mech_align.errors import MechAlignError
 from mech_align.plots._facts import ALPHA, averaged, basis, companions, quantity
 from mech_align.plots._grid import Grid, Significance, below, draw_grid, grid_of, limits, row_height, style_axes, verdict
-from mech_align.plots.theme import show_text
+from mech_align.plots.theme import Number, show_text
 from mech_align.results import Result
 
 _WIDTH = 900
@@ -27,16 +27,16 @@ class Drawn:
 
     mean: Result
     notes: list[str]
-    height: float
-    top: float
-    bottom: float
-    left: float
+    height: Number
+    top: Number
+    bottom: Number
+    left: Number
 
 
 def draw_map(
     figure: go.Figure, result: Result, *, beside: Mapping[str, Result] | None = None, facet: str | None = None,
     significance: Significance = "fade", alpha: float = ALPHA, limit: float | None = None,
-    tokens: Sequence[str] | None = None, share: float = 1.0, least: float = 0.0,
+    tokens: Sequence[str] | None = None, share: Number = 1.0, least: Number = 0.0,
 ) -> Drawn:  # fmt: skip
     """Draw a whole map, panels and colour bars, into the left ``share`` of a figure, at least ``least`` pixels high."""
     mean = averaged(result)
@@ -71,25 +71,25 @@ class _Place:
     n_facets: int
     n_extra: int
     titled: bool
-    share: float = 1.0
-    least: float = 0.0
+    share: Number = 1.0
+    least: Number = 0.0
 
     @property
-    def left(self) -> float:
+    def left(self) -> Number:
         longest = max(len(html.unescape(label)) for label in self.first.rows.labels)
         return max(64, 6.3 * longest + 40)
 
     @property
-    def below(self) -> float:
+    def below(self) -> Number:
         """Pixels between a map and what comes under it."""
         return below(self.first, self.pixels(0)) + 16
 
     @property
-    def bar(self) -> float:
+    def bar(self) -> Number:
         """Length of the colour bar; it ends before that of the columns beside the map."""
         return min(0.62, self.split if self.n_extra else self.share, max(self.split, 0.5))
 
-    def bottom(self, lines: int) -> float:
+    def bottom(self, lines: int) -> Number:
         """Pixels under a map, its colour bar with a title of so many lines included."""
         return self.below + 42 + 15 * lines
 
@@ -107,30 +107,30 @@ class _Place:
         return -(-self.n_facets // self.across)
 
     @property
-    def panel_height(self) -> float:
+    def panel_height(self) -> Number:
         n_rows = len(self.first.rows.values)
         return max(row_height(n_rows) * n_rows, 60, self.least if self.down == 1 else 0)
 
     @property
-    def gap(self) -> float:
+    def gap(self) -> Number:
         return self.below + 22 if self.titled else 0
 
     @property
-    def height(self) -> float:
+    def height(self) -> Number:
         return self.down * self.panel_height + (self.down - 1) * self.gap
 
     @property
-    def split(self) -> float:
+    def split(self) -> Number:
         """Where the columns of their own scale begin; narrow maps do not stretch over the whole page."""
         columns = self.n_extra * (self.column + 0.03) + 0.02 if self.n_extra else 0
         return min(self.share - columns, max(0.1, self.n_columns * self.across * 110 / _WIDTH))
 
     @property
-    def column(self) -> float:
+    def column(self) -> Number:
         """Width of a column of its own scale."""
         return 0.075 if self.share == 1 else 0.065
 
-    def across_domain(self, i: int) -> tuple[float, float]:
+    def across_domain(self, i: int) -> tuple[Number, Number]:
         if i >= self.n_facets:
             start = self.split + 0.045 + (i - self.n_facets) * (self.column + 0.02)
             return start, start + self.column
@@ -138,12 +138,12 @@ class _Place:
         start = i % self.across * (width + _SPACE)
         return start, start + width
 
-    def down_domain(self, i: int) -> tuple[float, float]:
+    def down_domain(self, i: int) -> tuple[Number, Number]:
         line = 0 if i >= self.n_facets else i // self.across
         top = 1 - line * (self.panel_height + self.gap) / self.height
         return max(0.0, top - self.panel_height / self.height), top
 
-    def pixels(self, i: int) -> float:
+    def pixels(self, i: int) -> Number:
         start, end = self.across_domain(i)
         return (end - start) * _WIDTH
 
@@ -174,7 +174,7 @@ def _panel(
         )  # fmt: skip
 
 
-def _colour_bars(figure: go.Figure, result: Result, extra: list[Grid], place: _Place, largest: float) -> None:
+def _colour_bars(figure: go.Figure, result: Result, extra: list[Grid], place: _Place, largest: Number) -> None:
     bar: dict[str, Any] = {
         "orientation": "h", "thickness": 10, "xanchor": "left", "yanchor": "top", "y": -place.below / place.height,
         "xpad": 0, "ypad": 0,
