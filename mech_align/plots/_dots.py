@@ -3,16 +3,18 @@
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 
-from mech_align.plots._facts import ALPHA
+from mech_align.plots._facts import ALPHA, Table
 from mech_align.plots.theme import BLUE, GREY, VERMILION, Number, show_text
 from mech_align.results import STATISTICS
 
 
-def draw_dots(figure: go.Figure, table: pd.DataFrame, *, xaxis: str, yaxis: str, alpha: float = ALPHA) -> None:
-    """One dot a row of the table (columns ``site``, ``effect`` and statistics), the first at the top; open where it does not survive."""
+def draw_dots(figure: go.Figure, table: Table, *, xaxis: str, yaxis: str, alpha: float = ALPHA) -> None:
+    """One dot a row of the table, the first at the top; open where it does not survive.
+
+    The table has the columns ``site``, ``effect`` and whichever statistics there are.
+    """
     if not len(table):
         return
     effect = table["effect"].to_numpy(np.float32)
@@ -35,7 +37,7 @@ def draw_dots(figure: go.Figure, table: pd.DataFrame, *, xaxis: str, yaxis: str,
     )  # fmt: skip
 
 
-def dot_axis(table: pd.DataFrame, size: int | None = None) -> dict[str, Any]:
+def dot_axis(table: Table, size: int | None = None) -> dict[str, Any]:
     """Tick settings of the axis that names the dots."""
     labels = [show_text(site) for site in table["site"]]
     return {
@@ -44,7 +46,7 @@ def dot_axis(table: pd.DataFrame, size: int | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def interval(table: pd.DataFrame, effect: Any) -> dict[str, Any] | None:
+def interval(table: Table, effect: Any) -> dict[str, Any] | None:
     """Asymmetric error bars, None without intervals."""
     if "ci_low" not in table or "ci_high" not in table:
         return None
@@ -68,12 +70,12 @@ def hover(names: list[str], value: str = "x") -> str:
     return "<br>".join(lines) + "<extra></extra>"
 
 
-def label_room(table: pd.DataFrame) -> Number:
+def label_room(table: Table) -> Number:
     """Pixels for the names of the dots."""
     return 6.6 * max((len(str(site)) for site in table["site"]), default=4) + 18
 
 
-def open_dots_note(table: pd.DataFrame, alpha: float = ALPHA) -> str:
+def open_dots_note(table: Table, alpha: float = ALPHA) -> str:
     """What an open dot means, where there is one."""
     if "p_maxt" in table and bool((table["p_maxt"] > alpha).any()):
         return f"open dots: do not survive sign-flip max-T p ≤ {alpha:g}"

@@ -13,6 +13,8 @@ from mech_align.plots.theme import Number, show_text, show_token, template
 from mech_align.results import PROMPT, STATISTICS, Result
 
 ALPHA = 0.05
+Table = Any
+"""A pandas table. The types of pandas cannot tell a column from a table, so that they would only make noise here."""
 BESIDE = {"attn_out": "attention", "mlp_out": "MLP"}
 _TITLES = {"part": "", "cell": "", "component": "", "token": "position"}
 
@@ -152,7 +154,8 @@ _TESTS = {"p": "p", "p_maxt": "p maxT", "q": "q (BH)"}
 
 
 def dress(
-    figure: go.Figure, *, title: str, notes: list[str], height: Number, bottom: Number, top: Number = 0, left: Number = 64,
+    figure: go.Figure, *, title: str, notes: list[str], height: Number, bottom: Number, top: Number = 0,
+    left: Number = 64,
     right: Number = 24,
 ) -> go.Figure:  # fmt: skip
     """Template, title, the lines under it, and margins in pixels around a plot area ``height`` pixels high."""

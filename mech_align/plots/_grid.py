@@ -93,7 +93,8 @@ def draw_grid(
 
 
 def style_axes(
-    figure: go.Figure, grid: Grid, *, xaxis: str, yaxis: str, x: tuple[Number, Number], y: tuple[Number, Number], width: Number,
+    figure: go.Figure, grid: Grid, *, xaxis: str, yaxis: str, x: tuple[Number, Number], y: tuple[Number, Number],
+    width: Number,
     height: Number, row_labels: bool = True,
 ) -> None:  # fmt: skip
     """Domains, ticks and a frame for one map; rows count from the top."""
@@ -211,6 +212,4 @@ def _draw_missing(figure: go.Figure, grid: Grid, xaxis: str, yaxis: str) -> None
     )  # fmt: skip
     if len(where) <= _LABELLED_CELLS:
         strokes = "".join(f"M{c - 0.5},{r + 0.5}L{c + 0.5},{r - 0.5}" for r, c in where)
-        figure.add_shape(
-            type="path", path=strokes, xref=xaxis, yref=yaxis, line={"width": 1, "color": "#808790"}
-        )
+        figure.add_shape(type="path", path=strokes, xref=xaxis, yref=yaxis, line={"width": 1, "color": "#808790"})

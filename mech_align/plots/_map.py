@@ -10,7 +10,17 @@ import plotly.graph_objects as go
 
 from mech_align.errors import MechAlignError
 from mech_align.plots._facts import ALPHA, averaged, basis, companions, quantity
-from mech_align.plots._grid import Grid, Significance, below, draw_grid, grid_of, limits, row_height, style_axes, verdict
+from mech_align.plots._grid import (
+    Grid,
+    Significance,
+    below,
+    draw_grid,
+    grid_of,
+    limits,
+    row_height,
+    style_axes,
+    verdict,
+)
 from mech_align.plots.theme import Number, show_text
 from mech_align.results import Result
 
@@ -169,8 +179,8 @@ def _panel(
         figure.update_layout({f"yaxis{suffix}": {"matches": "y"}})
     if titled:
         figure.add_annotation(
-            text=show_text(grid.label), x=x[0], y=y[1], xref="paper", yref="paper", xanchor="left", yanchor="bottom", yshift=4,
-            font={"size": 13},
+            text=show_text(grid.label), x=x[0], y=y[1], xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+            yshift=4, font={"size": 13},
         )  # fmt: skip
 
 
@@ -213,7 +223,7 @@ def _roles(mean: Result, facet: str | None) -> tuple[str, str | None, str | None
         raise MechAlignError(
             f"a heatmap has two axes, the result has three: {sizes}",
             hint=(f"pick one value, e.g. result.select({dims[1]}={first!r})",
-                  f"or lay an axis of at most {_MAX_FACETS} values out as panels, e.g. heatmap(result, facet={dims[-1]!r})"),
+                  f"or lay an axis of at most {_MAX_FACETS} values out as panels: heatmap(result, facet={dims[-1]!r})"),
         )  # fmt: skip
     rest = [dim for dim in dims if dim != facet]
     if len(rest) == 1:

@@ -1,12 +1,11 @@
 """Heads that were found beside heads drawn at random: does switching off the found ones do more than chance?"""
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 
 from mech_align.errors import MechAlignError
 from mech_align.plots._dots import hover, interval
-from mech_align.plots._facts import averaged, basis, dress, heading, quantity
+from mech_align.plots._facts import Table, averaged, basis, dress, heading, quantity
 from mech_align.plots.theme import BLUE, GREEN, GREY, MARKERS, PURPLE, VERMILION, show_text, tint
 from mech_align.results import STATISTICS, Result
 
@@ -26,9 +25,11 @@ def ablation(result: Result, *, title: str | None = None) -> go.Figure:
     """
     if "cell" not in result.data.dims or "kind" not in result.values.coords:
         dims = ", ".join(map(str, result.data.dims))
-        raise MechAlignError(f"'{result.name}' is no list of ablated cells: its axes are ({dims})", hint="use heatmap(result)")
+        raise MechAlignError(
+            f"'{result.name}' is no list of ablated cells: its axes are ({dims})", hint="use heatmap(result)"
+        )
     mean = averaged(result)
-    table = mean.frame()
+    table: Table = mean.frame()
     table["kind"] = table["kind"].astype(str)
     controls = table[table["kind"] == "control"]
     others = table[table["kind"] != "control"].reset_index(drop=True)
@@ -36,7 +37,8 @@ def ablation(result: Result, *, title: str | None = None) -> go.Figure:
     if len(controls):
         low, high = controls["effect"].min(), controls["effect"].max()
         figure.add_shape(
-            type="rect", x0=low, x1=high, y0=0, y1=1, xref="x", yref="y domain", fillcolor=tint(GREY, 0.16), line={"width": 0},
+            type="rect", x0=low, x1=high, y0=0, y1=1, xref="x", yref="y domain", fillcolor=tint(GREY, 0.16),
+            line={"width": 0},
             layer="below",
         )  # fmt: skip
     for kind in dict.fromkeys(others["kind"]):
@@ -56,12 +58,13 @@ def ablation(result: Result, *, title: str | None = None) -> go.Figure:
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -62 / (30 * max(lines, 3)), "yanchor": "top"},
     )  # fmt: skip
     return dress(
-        figure, title=heading(mean, title), notes=[basis(mean), _chance(controls)], height=30 * max(lines, 3), bottom=100,
+        figure, title=heading(mean, title), notes=[basis(mean), _chance(controls)], height=30 * max(lines, 3),
+        bottom=100,
         left=min(320, 6.4 * longest + 24),
     )  # fmt: skip
 
 
-def _sets(figure: go.Figure, table: pd.DataFrame, kind: str, controls: pd.DataFrame) -> None:
+def _sets(figure: go.Figure, table: Table, kind: str, controls: Table) -> None:
     name, colour = _KINDS.get(kind, (kind.replace("_", " "), VERMILION))
     effect = table["effect"].to_numpy(np.float32)
     error = interval(table, effect)
@@ -79,7 +82,7 @@ def _sets(figure: go.Figure, table: pd.DataFrame, kind: str, controls: pd.DataFr
     )  # fmt: skip
 
 
-def _strip(figure: go.Figure, controls: pd.DataFrame, middle: float) -> None:
+def _strip(figure: go.Figure, controls: Table, middle: float) -> None:
     if not len(controls):
         return
     names = [key for key in STATISTICS if key in controls]
@@ -95,7 +98,7 @@ def _strip(figure: go.Figure, controls: pd.DataFrame, middle: float) -> None:
     )  # fmt: skip
 
 
-def _chance(controls: pd.DataFrame) -> str:
+def _chance(controls: Table) -> str:
     if not len(controls):
         return "no random controls: nothing says what any other heads would have done"
     effect = controls["effect"]

@@ -10,14 +10,19 @@ import xarray as xr
 
 from mech_align.errors import MechAlignError
 from mech_align.plots._dots import hover, interval
-from mech_align.plots._facts import averaged, basis, dress, heading
+from mech_align.plots._facts import Table, averaged, basis, dress, heading
 from mech_align.plots.theme import BLUE, GREY, MARKERS, PURPLE, VERMILION, show_text
 from mech_align.results import PROMPT, STATISTICS, Result
 
 _OUTLIER = 3.5
 """Robust z (distance from the median in units of 1.4826 times the median deviation) beyond which a head is named."""
 _MOST_NAMES = 12
-_SERIES = (("head", "heads, summed", BLUE), ("mlp", "MLP", VERMILION), ("bias", "biases", PURPLE), ("embed", "embeddings", GREY))
+_SERIES = (
+    ("head", "heads, summed", BLUE),
+    ("mlp", "MLP", VERMILION),
+    ("bias", "biases", PURPLE),
+    ("embed", "embeddings", GREY),
+)
 
 
 def contributions(result: Result, *, outlier: float = _OUTLIER, title: str | None = None) -> go.Figure:
@@ -33,11 +38,13 @@ def contributions(result: Result, *, outlier: float = _OUTLIER, title: str | Non
     """
     if "component" not in result.data.dims or not {"layer", "kind"} <= set(map(str, result.values.coords)):
         dims = ", ".join(map(str, result.data.dims))
-        raise MechAlignError(f"'{result.name}' is not a list of components: its axes are ({dims})", hint="use heatmap(result)")
+        raise MechAlignError(
+            f"'{result.name}' is not a list of components: its axes are ({dims})", hint="use heatmap(result)"
+        )
     mean = averaged(result)
-    table = mean.frame()
+    table: Table = mean.frame()
     table["kind"], table["layer"] = table["kind"].astype(str), _layers(table)
-    sums = _by_layer(result)
+    sums: Table = _by_layer(result)
     depth = int(table["layer"].max())
     figure = go.Figure()
     _heads(figure, table[table["kind"] == "head"], outlier)
@@ -64,15 +71,15 @@ def contributions(result: Result, *, outlier: float = _OUTLIER, title: str | Non
     return dress(figure, title=heading(mean, title), notes=notes, height=500, bottom=96, left=72)
 
 
-def _layers(table: pd.DataFrame) -> Any:
+def _layers(table: Table) -> Any:
     """Layer numbers; what stands before the first block is -1, what comes after the last one stays beyond it."""
-    layers = pd.to_numeric(table["layer"], errors="coerce")
+    layers: Any = pd.to_numeric(table["layer"], errors="coerce")
     layers = layers.where(table["kind"] != "embed", -1).astype(float)
     last = layers.max()
     return layers.fillna(last if np.isfinite(last) else 0).astype(int)
 
 
-def _heads(figure: go.Figure, table: pd.DataFrame, outlier: float) -> None:
+def _heads(figure: go.Figure, table: Table, outlier: float) -> None:
     effect = table["effect"].to_numpy(np.float32)
     if not len(effect):
         return
@@ -102,7 +109,15 @@ def _heads(figure: go.Figure, table: pd.DataFrame, outlier: float) -> None:
         )  # fmt: skip
     for position, value, label in _apart(x[named], effect[named], labels[named].tolist()):
         figure.add_annotation(
-            text=label, x=position, y=value, xref="x", yref="y", xanchor="left", yanchor="middle", xshift=9, showarrow=False
+            text=label,
+            x=position,
+            y=value,
+            xref="x",
+            yref="y",
+            xanchor="left",
+            yanchor="middle",
+            xshift=9,
+            showarrow=False,
         )
 
 
@@ -116,7 +131,7 @@ def _apart(x: Any, y: Any, labels: list[str]) -> list[tuple[float, float, str]]:
     return placed
 
 
-def _by_layer(result: Result) -> pd.DataFrame:
+def _by_layer(result: Result) -> Table:
     """Sums over the components of a kind in a layer; with their interval where the prompts are still there."""
     kinds = result.values["kind"].values.astype(str)
     flat = pd.DataFrame({"layer": np.asarray(result.values["layer"].values, dtype=object), "kind": kinds})
@@ -125,16 +140,19 @@ def _by_layer(result: Result) -> pd.DataFrame:
     data = result.data.transpose(..., "component").values
     columns = [data[..., (kinds == kind) & (layers == layer)].sum(-1) for kind, layer in keys]
     summed = np.stack(columns, axis=-1)
-    coords: dict[str, Any] = {"kind": ("cell", [kind for kind, _ in keys]), "layer": ("cell", [layer for _, layer in keys])}
+    coords: dict[str, Any] = {
+        "kind": ("cell", [kind for kind, _ in keys]),
+        "layer": ("cell", [layer for _, layer in keys]),
+    }
     if PROMPT in result.data.dims:
-        coords |= {name: c for name, c in result.values.coords.items() if c.dims == (PROMPT,)}
+        coords |= {str(name): c for name, c in result.values.coords.items() if c.dims == (PROMPT,)}
         values = xr.Dataset({"effect": ((PROMPT, "cell"), summed)}, coords=coords)
     else:
         values = xr.Dataset({"effect": (("cell",), summed)}, coords=coords)
     return averaged(replace(result, values=values)).frame()
 
 
-def _sums(figure: go.Figure, part: pd.DataFrame, name: str, colour: str, i: int) -> None:
+def _sums(figure: go.Figure, part: Table, name: str, colour: str, i: int) -> None:
     effect = part["effect"].to_numpy(np.float32)
     names = [key for key in STATISTICS if key in part]
     error = interval(part, effect)
@@ -158,8 +176,10 @@ def _completeness(result: Result) -> str:
     words = f"sum of parts = {np.nanmean(total):+.4g}"
     if "clean" in result.values and result.values["clean"].dims == result.data.dims[:1]:
         target = result.values["clean"].values.astype(float)
-        return f"{words}, logit difference = {np.nanmean(target):+.4g}, largest leftover of a prompt {np.nanmax(np.abs(total - target)):.1e}"
+        left = np.nanmax(np.abs(total - target))
+        return f"{words}, logit difference = {np.nanmean(target):+.4g}, largest leftover of a prompt {left:.1e}"
     if (kinds == "residual").any():
-        left = data[..., kinds == "residual"]
-        return f"{words}, logit difference = {np.nanmean(total + left.sum(-1)):+.4g}, largest leftover {np.nanmax(np.abs(left)):.1e}"
+        left = data[..., kinds == "residual"].sum(-1)
+        whole = np.nanmean(total + left)
+        return f"{words}, logit difference = {whole:+.4g}, largest leftover {np.nanmax(np.abs(left)):.1e}"
     return words

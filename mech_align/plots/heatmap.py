@@ -18,8 +18,8 @@ def heatmap(
     """Draw a result as a map, layer 0 at the top, blue positive, limits symmetric about 0.
 
     Prompts are averaged first where they were not. Cells that do not survive the correction for the whole map
-    (``p_maxt <= alpha``) are faded, the others outlined; cells that were not measured are hatched. The hover box holds the
-    value, its interval, p, q and n. Nothing is shown: the figure is returned.
+    (``p_maxt <= alpha``) are faded, the others outlined; cells that were not measured are hatched. The hover box holds
+    the value, its interval, p, q and n. Nothing is shown: the figure is returned.
 
     Args:
         result: One or two axes, or three when one of them can be laid out as panels.

@@ -45,13 +45,19 @@ def lines(result: Result, *, along: str | None = None, title: str | None = None)
         labels = [axis_of(mean, dim).labels[j] for dim, j in zip(others, where, strict=True)]
         _curve(figure, one, axis.labels, " · ".join(labels), i, alone=count == 1)
     figure.update_layout(
-        xaxis={"title": {"text": axis.title}, "range": [-0.4, len(axis.labels) - 0.6], "showline": True, **axis.ticks(36)},
+        xaxis={
+            "title": {"text": axis.title},
+            "range": [-0.4, len(axis.labels) - 0.6],
+            "showline": True,
+            **axis.ticks(36),
+        },
         yaxis={"title": {"text": "<br>".join(quantity(mean, 320))}, "zeroline": True, "showgrid": True},
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.19, "yanchor": "top"},
         hovermode="x unified",
     )
     return dress(
-        figure, title=heading(mean, title), notes=[basis(mean)], height=340, bottom=64 if count == 1 else 74 + 20 * -(-count // 3),
+        figure, title=heading(mean, title), notes=[basis(mean)], height=340,
+        bottom=64 if count == 1 else 74 + 20 * -(-count // 3),
         left=72,
     )  # fmt: skip
 
@@ -77,7 +83,8 @@ def _curve(figure: go.Figure, one: Result, labels: list[str], name: str, i: int,
             )  # fmt: skip
     figure.add_trace(
         go.Scatter(
-            x=x, y=effect, mode="lines+markers", name=name or show_text(one.name), legendgroup=str(i), showlegend=not alone,
+            x=x, y=effect, mode="lines+markers", name=name or show_text(one.name), legendgroup=str(i),
+            showlegend=not alone,
             line={"color": colour, "dash": DASHES[i % len(DASHES)], "width": 2},
             marker={"symbol": MARKERS[i % len(MARKERS)], "size": 7, "color": colour},
             customdata=customdata, text=labels, hovertemplate=hover + ("<extra></extra>" if alone else ""),

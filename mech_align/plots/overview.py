@@ -37,7 +37,8 @@ def overview(
     figure.update_layout(
         {
             f"xaxis{number}": {
-                "domain": [share + 0.05, 1], "anchor": y, "zeroline": True, "showline": True, "nticks": 5, "rangemode": "tozero",
+                "domain": [share + 0.05, 1], "anchor": y, "zeroline": True, "showline": True, "nticks": 5,
+                "rangemode": "tozero",
                 "title": {"text": show_text(f"effect, {mean.unit}")},
             },
             f"yaxis{number}": {"domain": [bottom, 1], "anchor": x, "side": "right", **dot_axis(table)},

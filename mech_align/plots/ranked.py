@@ -24,10 +24,18 @@ def ranked(
     figure = go.Figure()
     draw_dots(figure, table, xaxis="x", yaxis="y", alpha=alpha)
     figure.update_layout(
-        xaxis={"title": {"text": "<br>".join(quantity(mean))}, "zeroline": True, "showline": True, "rangemode": "tozero"}, yaxis=dot_axis(table)
+        xaxis={
+            "title": {"text": "<br>".join(quantity(mean))},
+            "zeroline": True,
+            "showline": True,
+            "rangemode": "tozero",
+        },
+        yaxis=dot_axis(table),
     )
     notes = [basis(mean), open_dots_note(table, alpha)]
-    default = f"{mean.name.replace('_', ' ').capitalize()}: the {len(table)} strongest of {int(mean.data.count()):,} cells"
+    default = (
+        f"{mean.name.replace('_', ' ').capitalize()}: the {len(table)} strongest of {int(mean.data.count()):,} cells"
+    )
     return dress(
         figure, title=heading(mean, title or default), notes=notes, height=max(90, 24 * len(table)), bottom=64,
         left=label_room(table),

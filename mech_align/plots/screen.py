@@ -1,4 +1,4 @@
-"""Can the quick screen be trusted? Attribution scores against exact effects, with a sample of what the screen left out."""
+"""Can the quick screen be trusted? Attribution scores against exact effects, a sample of what it left out included."""
 
 from typing import Any
 
@@ -56,7 +56,8 @@ def screen(result: Result, *, title: str | None = None) -> go.Figure:
     )
     note = "dotted: score = exact effect"
     return dress(
-        figure, title=heading(mean, title), notes=[basis(mean), " · ".join(filter(None, (_miss(mean), note)))], height=420,
+        figure, title=heading(mean, title), notes=[basis(mean), " · ".join(filter(None, (_miss(mean), note)))],
+        height=420,
         bottom=96, left=72,
     )  # fmt: skip
 
@@ -75,7 +76,8 @@ def _names(figure: go.Figure, x: Any, y: Any, labels: Any, ends: float) -> None:
             placed.append((float(x[i]), float(y[i])))
             left = x[i] > ends * 0.6
             figure.add_annotation(
-                text=labels[i], x=float(x[i]), y=float(y[i]), xanchor="right" if left else "left", xshift=-9 if left else 9,
+                text=labels[i], x=float(x[i]), y=float(y[i]), xanchor="right" if left else "left",
+                xshift=-9 if left else 9,
                 yanchor="middle", showarrow=False,
             )  # fmt: skip
 

@@ -43,7 +43,7 @@ CONFIG: dict[str, Any] = {"displaylogo": False, "showSendToCloud": False, "respo
 
 
 def template(theme: Theme = "light") -> go.layout.Template:
-    """Layout defaults of a figure; figures colour nothing by themselves that the page decides, so that one call turns them.
+    """Layout defaults of a figure. Figures leave to them what depends on the page: one call turns a figure dark.
 
     The button that uploads a chart to a company's cloud, on by default in Plotly 7, is removed: hover text may hold
     prompts and unpublished results.
@@ -53,7 +53,13 @@ def template(theme: Theme = "light") -> go.layout.Template:
         "tickcolor": _LINE[theme], "ticks": "outside", "ticklen": 4, "title": {"standoff": 8, "font": {"size": 13}},
         "automargin": False, "showgrid": False, "zeroline": False,
     }  # fmt: skip
-    bar = {"outlinewidth": 0, "title": {"font": {"size": 12}}, "ticks": "outside", "ticklen": 3, "tickcolor": _LINE[theme]}
+    bar = {
+        "outlinewidth": 0,
+        "title": {"font": {"size": 12}},
+        "ticks": "outside",
+        "ticklen": 3,
+        "tickcolor": _LINE[theme],
+    }
     return go.layout.Template(
         layout={
             "paper_bgcolor": _PAGE[theme],
@@ -98,7 +104,7 @@ def show_text(text: object) -> str:
 def show_token(token: str) -> str:
     """A token as a label: markup escaped, blanks and line breaks visible.
 
-    ``" the"`` is ``·the``, a newline ``↩``, a tab ``→``, ``<s>`` stays ``<s>``; unprintable characters are written as codes.
+    ``" the"`` is ``·the``, a newline ``↩``, a tab ``→``, ``<s>`` stays ``<s>``; unprintable characters become codes.
     """
     visible = token.replace("\r\n", "↩").replace("\n", "↩").replace("\t", "→").replace(" ", "·")
     return show_text("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in visible))

@@ -1,34 +1,37 @@
 """The folder of one run, and what may be written into it."""
 
 import json
-import os
-import platform
-import re
 import shutil
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from mech_align.errors import BadRun
 from mech_align.plots import averaged, figure_json, pictures
 from mech_align.results import Result, load_result
+from mech_align.runs.files import (
+    FORMAT,
+    MANIFEST,
+    checked,
+    difference,
+    now,
+    plain,
+    quote,
+    read_manifest,
+    summary_table,
+    verb,
+    versions,
+    write_json,
+    write_text,
+)  # fmt: skip
 from mech_align.runs.report import Entry, render
 
-FORMAT = 1
-TABLE = ("effect", "ci_low", "ci_high", "p", "q", "n", "p_maxt")
-"""Columns of a table after the coordinates."""
 FINDING = ("claim", "number", "unit", "interval", "n", "controls", "verdict")
-_PACKAGES = ("mech-align", "torch", "transformer-lens", "transformers", "sae-lens", "peft", "numpy", "scipy", "xarray", "plotly")
-_MANIFEST = "manifest.json"
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -53,25 +56,28 @@ class Run:
             BadRun: The folder holds something else, which is never overwritten.
         """
         run = cls(Path(path))
-        words = command if isinstance(command, str) else " ".join(_quote(word) for word in command)
-        asked = {"verb": _verb(words), "plan": plan, "model": model, "data": data}
+        words = command if isinstance(command, str) else " ".join(quote(word) for word in command)
+        asked = {
+            "verb": verb(words), "plan": plan, "seed": plan.get("seed") if seed is None else seed, "model": model,
+            "data": data,
+        }  # fmt: skip
         asked = {key: plain(value) for key, value in asked.items() if value is not None}
         if run.path.exists() and not run.path.is_dir():
             raise BadRun(f"{run.path} is a file", hint="give a folder with --out")
-        inside = [p.name for p in run.path.iterdir() if p.name != f"{_MANIFEST}.part"] if run.path.exists() else []
-        session = {"started": _now(), "command": words, "versions": versions()}
+        inside = [p.name for p in run.path.iterdir() if p.name != f"{MANIFEST}.part"] if run.path.exists() else []
+        session = {"started": now(), "command": words, "versions": versions()}
         if not inside:
             run.path.mkdir(parents=True, exist_ok=True)
             run._write({
-                "tool": "mech_align", "format": FORMAT, "command": words, "seed": plan.get("seed") if seed is None else seed,
-                **asked, "versions": session["versions"], "created": session["started"], "updated": session["started"], "sessions": [session], "steps": {},
+                "tool": "mech_align", "format": FORMAT, "command": words, **asked, "versions": session["versions"],
+                "created": session["started"], "updated": session["started"], "sessions": [session], "steps": {},
                 "results": {}, "warnings": [],
             })  # fmt: skip
             return run
-        if _MANIFEST not in inside:
+        if MANIFEST not in inside:
             raise BadRun(
                 f"{run.path} is not empty and holds no run",
-                why=f"it holds {', '.join(sorted(inside)[:3])}{' ...' if len(inside) > 3 else ''}, which would be mixed up",
+                why=f"it holds {', '.join([*sorted(inside)[:3], *(['...'] if len(inside) > 3 else [])])}",
                 hint="give another folder with --out",
             )
         run._resume(asked, session)
@@ -80,7 +86,7 @@ class Run:
     @property
     def manifest(self) -> dict[str, Any]:
         """What ``manifest.json`` says."""
-        return _read_manifest(self.path)
+        return read_manifest(self.path)
 
     @property
     def findings(self) -> list[dict[str, Any]]:
@@ -99,11 +105,11 @@ class Run:
 
     def result(self, name: str) -> Result:
         """One result, with its prompts."""
-        return load_result(self.path / "results" / _checked(name))
+        return load_result(self.path / "results" / checked(name))
 
     def table(self, name: str) -> pd.DataFrame:
         """One result as a long table, prompts summarised."""
-        return pd.read_parquet(self.path / "tables" / f"{_checked(name)}.parquet")
+        return pd.read_parquet(self.path / "tables" / f"{checked(name)}.parquet")
 
     def is_done(self, name: str) -> bool:
         """Whether this step was finished, now or in an earlier session."""
@@ -115,12 +121,12 @@ class Run:
 
         When the step is done, its partial store (``partial_dir(name)``) is removed.
         """
-        _checked(name)
+        checked(name)
         started = time.monotonic()
         before = float(self.manifest["steps"].get(name, {}).get("seconds", 0.0))
 
         def record(status: str, **more: Any) -> None:
-            entry = {"status": status, "seconds": round(before + time.monotonic() - started, 3), "at": _now(), **more}
+            entry = {"status": status, "seconds": round(before + time.monotonic() - started, 3), "at": now(), **more}
             self._change(lambda manifest: manifest["steps"].update({name: entry}))
 
         record("running")
@@ -139,7 +145,7 @@ class Run:
 
     def partial_dir(self, name: str) -> Path:
         """Where a sweep of the step of this name keeps what it has so far."""
-        folder = self.path / "partial" / _checked(name)
+        folder = self.path / "partial" / checked(name)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -156,7 +162,7 @@ class Run:
             The result with prompts averaged.
         """
         mean = averaged(result)
-        result.save(self.path / "results" / _checked(name))
+        result.save(self.path / "results" / checked(name))
         table = self.path / "tables" / f"{name}.parquet"
         table.parent.mkdir(exist_ok=True)
         part = table.with_name(f"{table.name}.part")
@@ -165,23 +171,29 @@ class Run:
         drawn = pictures(result, mean=mean) if figures is None else figures
         own = {key.replace(result.name, name, 1) if figures is None else key: figure for key, figure in drawn.items()}
         for key, figure in own.items():
-            _write_text(self.path / "figures" / f"{_checked(key)}.json", figure_json(figure))
+            write_text(self.path / "figures" / f"{checked(key)}.json", figure_json(figure))
         entry = {
-            "analysis": result.name, "question": question, "figures": list(own), "at": _now(), "warnings": mean.warnings,
+            "analysis": result.name, "question": question, "figures": list(own), "at": now(), "warnings": mean.warnings,
             "statistics": plain(mean.provenance.get("statistics") or {}),
         }  # fmt: skip
         self._change(lambda manifest: manifest["results"].update({name: entry}))
         return mean
 
     def add_findings(self, findings: Sequence[Mapping[str, Any]]) -> None:
-        """Add claims: ``claim``, ``number``, ``unit``, ``interval``, ``n``, ``controls``, ``verdict``; the same claim is replaced."""
+        """Add claims to the report; one with the same words is replaced.
+
+        Args:
+            findings: Each with ``claim``, ``number``, ``unit``, ``interval``, ``n``, ``controls`` (text, a mapping,
+            or a list
+                of either) and ``verdict`` (``"supported"``, ``"not supported"``, ...); what is left out is null.
+        """
         given = [{**dict.fromkeys(FINDING), **dict(finding)} for finding in findings]
         for finding in given:
             if not finding["claim"]:
                 raise ValueError("a finding needs a claim")
         claims = {finding["claim"] for finding in given}
         kept = [finding for finding in self.findings if finding["claim"] not in claims]
-        _write_json(self.path / "findings.json", plain([*kept, *given]))
+        write_json(self.path / "findings.json", plain([*kept, *given]))
 
     def add_warning(self, text: str) -> None:
         """Something that a reader of the report should know before trusting the numbers."""
@@ -194,10 +206,12 @@ class Run:
             prompts: Rows to print at the end. Left out unless given: prompts may be harmful or private.
         """
         if not (self.path / "findings.json").exists():
-            _write_json(self.path / "findings.json", [])
+            write_json(self.path / "findings.json", [])
         manifest = self.manifest
-        page = render(manifest, self.findings, [self._entry(name, entry) for name, entry in manifest["results"].items()], prompts)
-        return _write_text(self.path / "report.html", page)
+        page = render(
+            manifest, self.findings, [self._entry(name, entry) for name, entry in manifest["results"].items()], prompts
+        )
+        return write_text(self.path / "report.html", page)
 
     def _entry(self, name: str, entry: Mapping[str, Any]) -> Entry:
         figures = {key: (self.path / "figures" / f"{key}.json").read_text(encoding="utf-8") for key in entry["figures"]}
@@ -210,7 +224,7 @@ class Run:
         if different:
             raise BadRun(
                 f"{self.path} holds another run: {manifest['command']}",
-                why="; ".join(_difference(key, manifest[key], asked[key]) for key in different),
+                why="; ".join(difference(key, manifest[key], asked[key]) for key in different),
                 hint="give another folder with --out, or repeat the command exactly to go on with that run",
             )
         changed = [
@@ -234,11 +248,11 @@ class Run:
     def _change(self, change: Callable[[dict[str, Any]], Any]) -> None:
         manifest = self.manifest
         change(manifest)
-        manifest["updated"] = _now()
+        manifest["updated"] = now()
         self._write(manifest)
 
     def _write(self, manifest: Mapping[str, Any]) -> None:
-        _write_json(self.path / _MANIFEST, manifest)
+        write_json(self.path / MANIFEST, manifest)
 
     def _drop_empty_partial(self) -> None:
         partial = self.path / "partial"
@@ -253,114 +267,5 @@ def load_run(path: str | Path) -> Run:
         BadRun: The folder is missing, holds no run, or a damaged one.
     """
     folder = Path(path)
-    _read_manifest(folder)
+    read_manifest(folder)
     return Run(folder)
-
-
-def summary_table(mean: Result) -> pd.DataFrame:
-    """An averaged result as its table: coordinates first, then ``effect``, its interval, tests and n."""
-    table = mean.frame()
-    for name in TABLE:
-        if name not in table:
-            table[name] = np.nan
-    coordinates = [str(column) for column in table.columns if column not in TABLE]
-    for name in coordinates:
-        if table[name].dtype == object:
-            table[name] = table[name].astype(str)
-    return cast(pd.DataFrame, table[[*coordinates, *TABLE]])
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, without importing any of it."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON reads it back: tuples become lists, keys strings, numpy numbers and paths plain ones."""
-    return json.loads(json.dumps(value, default=_plain, allow_nan=True))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, set | frozenset):
-        return sorted(cast(Any, value), key=str)
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} cannot be written into a run folder as JSON")
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest["tool"] != "mech_align" or not isinstance(manifest["steps"], dict):
-            raise ValueError("the manifest was written by something else")
-        if manifest["format"] > FORMAT:
-            raise ValueError("written by a newer mech_align")
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        missing = not (folder / _MANIFEST).exists()
-        raise BadRun(
-            f"no run in {folder}" if missing else f"the run in {folder} cannot be read",
-            why="there is no manifest.json" if missing else str(problem),
-            hint="give a folder that a mech-align command wrote with --out",
-        ) from problem
-    return manifest
-
-
-def _write_json(file: Path, value: Any) -> Path:
-    return _write_text(file, json.dumps(value, indent=1, default=_plain, ensure_ascii=False) + "\n")
-
-
-def _write_text(file: Path, text: str) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    with part.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return part.replace(file)
-
-
-def _checked(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} cannot name a file: letters, digits, '_', '-' and '.' only")
-    return name
-
-
-def _verb(command: str) -> str:
-    """The program and its subcommand: the words before the first option."""
-    words: list[str] = []
-    for word in command.split():
-        if word.startswith("-"):
-            break
-        words.append(word)
-    return " ".join([Path(words[0]).name, *words[1:]]) if words else ""
-
-
-def _quote(word: str) -> str:
-    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else "'" + word.replace("'", "'\"'\"'") + "'"
-
-
-def _difference(key: str, old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        before, after = cast(dict[str, Any], old), cast(dict[str, Any], new)
-        keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
-        return f"{key} differs in " + ", ".join(f"{k} ({_short(before.get(k))} there, {_short(after.get(k))} now)" for k in keys[:4])
-    return f"{key} is {_short(old)} there, {_short(new)} now"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

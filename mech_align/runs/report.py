@@ -24,9 +24,9 @@ _UNUSED_STYLES = re.compile(r'getElementById\("([0-9a-f]{64})"\)')
 _LARGEST_FIGURE = 3_000_000
 """Characters of JSON; a larger figure stays in its file, so that the page opens."""
 _QUESTIONS = {
-    "head_patching": "Which attention heads, moved from the clean run into the corrupt run, bring the clean behaviour back?",
+    "head_patching": "Which heads, moved from the clean run into the corrupt run, bring the clean behaviour back?",
     "neuron_patching": "Which neurons, moved from the clean run into the corrupt run, bring the clean behaviour back?",
-    "causal_tracing": "At which layers, positions and parts does restoring the clean activation bring the clean behaviour back?",
+    "causal_tracing": "Where does restoring the clean activation bring the clean behaviour back?",
     "attribution_patching": "Which parts does a gradient screen point to, and do exact patches agree?",
     "logit_attribution": "How much does each part write directly towards the answer?",
     "logit_lens": "At which layer does the answer become readable?",
@@ -76,7 +76,7 @@ def render(
         manifest=manifest, findings=[_finding(finding) for finding in findings],
         entries=[_section(entry, bool(prompts)) for entry in entries],
         warnings=_warnings(manifest, entries), facts=_facts(manifest, entries), prompts=_prompt_table(prompts),
-        plan=json.dumps(manifest.get("plan", {}), indent=1, ensure_ascii=False),
+        plan=_pretty(_public(manifest.get("plan", {}), bool(prompts))),
         seconds=sum(float(step.get("seconds", 0)) for step in manifest["steps"].values()),
     )  # fmt: skip
 
@@ -123,7 +123,13 @@ def _inline(text: str) -> str:
 
 def _data(text: str) -> Markup:
     """JSON inside a data block: no ``<`` is left that could end the block or begin a comment."""
-    for character, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+    for character, code in (
+        ("<", "\\u003c"),
+        (">", "\\u003e"),
+        ("&", "\\u0026"),
+        ("\u2028", "\\u2028"),
+        ("\u2029", "\\u2029"),
+    ):
         text = text.replace(character, code)
     return Markup(text)
 
@@ -137,14 +143,23 @@ def _policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
     # it shows heat maps as data: images and saves pictures through blob: addresses
     return "; ".join((
         "default-src 'none'", f"script-src {hashes(scripts)}", f"style-src {hashes([*styles, ''])}",
-        "style-src-attr 'unsafe-inline'", "img-src data: blob:", "font-src data:", "base-uri 'none'", "form-action 'none'",
+        "style-src-attr 'unsafe-inline'", "img-src data: blob:", "font-src data:", "base-uri 'none'",
+        "form-action 'none'",
     ))  # fmt: skip
 
 
 def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:
     verdict = str(finding.get("verdict") or "no verdict")
     low = verdict.lower()
-    tone = "open" if low == "no verdict" else "bad" if low.startswith(_BAD) else "good" if low.startswith(_GOOD) else "open"
+    tone = (
+        "open"
+        if low == "no verdict"
+        else "bad"
+        if low.startswith(_BAD)
+        else "good"
+        if low.startswith(_GOOD)
+        else "open"
+    )
     return {**finding, "verdict": verdict, "tone": tone, "controls": _controls(finding.get("controls"))}
 
 
@@ -179,12 +194,17 @@ def _value(value: Any) -> str:
 
 
 def _section(entry: Entry, with_prompts: bool) -> dict[str, Any]:
-    table = entry.table
+    table: Any = entry.table  # the types of pandas cannot tell a column from a table
     measured = table[table["effect"].notna()]
     order = measured["effect"].abs().sort_values(ascending=False, kind="stable").index
     exact, dims = _exact(entry.result), [str(dim) for dim in entry.result.data.dims if dim != "prompt"]
-    rows = [
-        {"exact": exact.get(tuple(row[dim] for dim in dims)), "site": _where(cast(Any, row), dims), "kind": row.get("kind"), **{str(k): v for k, v in row.items()}}
+    rows: list[dict[str, Any]] = [
+        {
+            "exact": exact.get(tuple(row[dim] for dim in dims)),
+            "site": _where(row, dims),
+            "kind": row.get("kind"),
+            **{str(k): v for k, v in row.items()},
+        }
         for row in measured.loc[order].head(_TOP).to_dict("records")
     ]
     n = int(measured["n"].max()) if measured["n"].notna().any() else entry.result.data.sizes.get("prompt")
@@ -193,11 +213,11 @@ def _section(entry: Entry, with_prompts: bool) -> dict[str, Any]:
     return {
         "name": entry.name, "title": title[:1].upper() + title[1:],
         "question": entry.question or entry.result.provenance.get("question") or _QUESTIONS.get(entry.result.name, ""),
-        "unit": entry.result.unit, "sign": entry.result.sign, "n": n, "statistics": dict(entry.statistics), "rows": rows,
-        "n_cells": len(table), "n_missing": len(table) - len(measured),
+        "unit": entry.result.unit, "sign": entry.result.sign, "n": n, "statistics": dict(entry.statistics),
+        "rows": rows, "n_cells": len(table), "n_missing": len(table) - len(measured),
         "figures": list(entry.figures), "has_p": bool(measured["p"].notna().any()), "has_exact": bool(exact),
         "alt": f"{title}: {len(measured)} measured cells. Strongest: {strongest}. The table below holds the numbers.",
-        "provenance": json.dumps(_public(entry.result.provenance, with_prompts), indent=1, ensure_ascii=False, default=str),
+        "provenance": _pretty(_public(entry.result.provenance, with_prompts)),
     }  # fmt: skip
 
 
@@ -229,6 +249,10 @@ def _public(value: Any, with_prompts: bool, key: str = "") -> Any:
         if isinstance(value, list | tuple) and any(not isinstance(item, int | float) for item in cast(Any, value)):
             return f"({len(cast(Any, value))} entries, not shown)"
     return [_public(item, with_prompts, key) for item in cast(Any, value)] if isinstance(value, list | tuple) else value
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, default=str)
 
 
 def _warnings(manifest: Mapping[str, Any], entries: Sequence[Entry]) -> list[str]:

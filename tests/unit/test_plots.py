@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,18 @@ PROMPTS, GROUPS = 24, 6
 
 
 def made(dims: dict[str, Any], values: np.ndarray, name: str = "head_patching", **more: Any) -> Result:
-    prompt = {"id": ("prompt", [f"p{i}" for i in range(PROMPTS)]), "group": ("prompt", [f"g{i % GROUPS}" for i in range(PROMPTS)])}
+    prompt = {
+        "id": ("prompt", [f"p{i}" for i in range(PROMPTS)]),
+        "group": ("prompt", [f"g{i % GROUPS}" for i in range(PROMPTS)]),
+    }
     data = xr.Dataset({"effect": (("prompt", *dims), values), **more}, coords={**prompt, **dims})
-    return Result(data, name, "fraction of the clean-corrupt gap", "positive = more clean behaviour", {"model": {"name": "toy"}, "seed": 0})
+    return Result(
+        data,
+        name,
+        "fraction of the clean-corrupt gap",
+        "positive = more clean behaviour",
+        {"model": {"name": "toy"}, "seed": 0},
+    )
 
 
 def heads(layers: int = 6, width: int = 8, missing: int = 0) -> Result:
@@ -34,6 +44,12 @@ def heads(layers: int = 6, width: int = 8, missing: int = 0) -> Result:
     return made({"layer": range(layers), "head": range(width)}, values)
 
 
+@cache
+def large() -> Result:
+    """A map of 64 layers, averaged once: the permutations take their time."""
+    return heads(64, 40).mean("prompt", n_flips=99, n_resamples=99)
+
+
 def traced() -> Result:
     rng = np.random.default_rng(1)
     values = rng.normal(0, 0.02, (PROMPTS, 2, 5, 4))
@@ -43,7 +59,9 @@ def traced() -> Result:
 
 def lens(layers: int = 5) -> Result:
     values = np.random.default_rng(2).normal(0, 0.3, (PROMPTS, 2, layers)) + np.arange(layers)
-    return made({"intervention": ["none", "L4H1"], "layer": ["embed", *map(str, range(layers - 1))]}, values, "logit_lens")
+    return made(
+        {"intervention": ["none", "L4H1"], "layer": ["embed", *map(str, range(layers - 1))]}, values, "logit_lens"
+    )
 
 
 def parts() -> Result:
@@ -94,17 +112,23 @@ def layout(figure: go.Figure) -> dict[str, Any]:
 
 
 EVERY = {
-    "heatmap": lambda: plots.heatmap(heads()), "overview": lambda: plots.overview(heads()), "ranked": lambda: plots.ranked(heads()),
+    "heatmap": lambda: plots.heatmap(heads()), "overview": lambda: plots.overview(heads()),
+    "ranked": lambda: plots.ranked(heads()),
     "facets": lambda: plots.heatmap(traced()), "lines": lambda: plots.lines(lens()),
     "contributions": lambda: plots.contributions(parts()), "ablation": lambda: plots.ablation(ablated()),
     "screen": lambda: plots.screen(screened()),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
-def test_every_figure_is_dressed_and_survives_json(make: Any) -> None:
+@cache
+def every(name: str) -> go.Figure:
+    return EVERY[name]()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_figure_is_dressed_and_survives_json(name: str) -> None:
     before = pio.templates.default
-    figure = make()
+    figure = every(name)
     assert pio.templates.default == before
     text = plots.figure_json(figure)
     again = plots.read_figure(text)
@@ -115,10 +139,10 @@ def test_every_figure_is_dressed_and_survives_json(make: Any) -> None:
     assert "uirevision" not in text and "http" not in text
 
 
-@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
-def test_no_figure_colours_text_or_page_itself(make: Any) -> None:
+@pytest.mark.parametrize("name", EVERY)
+def test_no_figure_colours_text_or_page_itself(name: str) -> None:
     # a page turns dark by changing the template alone: nothing that the template decides may be fixed in the figure
-    own = layout(make())
+    own = layout(every(name))
     own.pop("template")
     assert "paper_bgcolor" not in own and "plot_bgcolor" not in own and "font" not in own
     for name, axis in own.items():
@@ -143,9 +167,9 @@ def test_heatmap_is_symmetric_blue_positive_and_layer_0_on_top() -> None:
 
 
 def test_arrays_stay_float32() -> None:
-    for trace in json.loads(plots.figure_json(plots.heatmap(heads(64, 40))))["data"]:
+    for trace in json.loads(plots.figure_json(plots.heatmap(large())))["data"]:
         assert trace["z"]["dtype"] == "f4"
-    assert len(plots.figure_json(plots.heatmap(heads(64, 40)))) < 400_000
+    assert len(plots.figure_json(plots.heatmap(large()))) < 400_000
 
 
 def test_survivors_are_full_and_outlined_the_others_faded() -> None:
@@ -186,9 +210,15 @@ def test_unmeasured_cells_are_hatched_and_never_zero() -> None:
 def test_attention_and_mlp_have_a_scale_of_their_own() -> None:
     result = heads()
     big = np.random.default_rng(5).normal(11, 1, (PROMPTS, 6))
-    with_columns = result.map(lambda data: data.assign(attn_out=(("prompt", "layer"), big / 10), mlp_out=(("prompt", "layer"), big)))
+    with_columns = result.map(
+        lambda data: data.assign(attn_out=(("prompt", "layer"), big / 10), mlp_out=(("prompt", "layer"), big))
+    )
     beside = {"MLP": with_columns.map(lambda data: data[["mlp_out"]].rename(mlp_out="effect"))}
-    for figure, columns in ((plots.heatmap(with_columns), 2), (plots.heatmap(result, beside=beside), 1), (plots.overview(with_columns), 2)):
+    for figure, columns in (
+        (plots.heatmap(with_columns), 2),
+        (plots.heatmap(result, beside=beside), 1),
+        (plots.overview(with_columns), 2),
+    ):
         assert figure.layout.coloraxis.cmax < 1 < 10 < figure.layout.coloraxis2.cmax
         own = {trace.xaxis for trace in maps(figure) if trace.coloraxis == "coloraxis2"}
         assert len(own) == columns
@@ -246,7 +276,7 @@ def test_markup_in_names_is_escaped_everywhere() -> None:
 
 def test_large_cells_carry_numbers_small_ones_do_not() -> None:
     assert any(trace.texttemplate for trace in maps(plots.heatmap(heads())))
-    assert not any(trace.texttemplate for trace in maps(plots.heatmap(heads(64, 40))))
+    assert not any(trace.texttemplate for trace in maps(plots.heatmap(large())))
 
 
 def test_ranked_is_ordered_and_carries_intervals() -> None:
@@ -316,7 +346,11 @@ def test_pictures_suit_the_result() -> None:
     assert plots.pictures(ablated())["mean_ablation"].layout.shapes
     assert plots.pictures(parts())["logit_attribution"].layout.yaxis2.title.text
     assert len(maps(plots.pictures(traced())["causal_tracing"])) >= 2
-    neurons = made({"layer": range(2), "neuron": range(300)}, np.random.default_rng(0).normal(0, 1, (PROMPTS, 2, 300)), "neuron_patching")
+    neurons = made(
+        {"layer": range(2), "neuron": range(300)},
+        np.random.default_rng(0).normal(0, 1, (PROMPTS, 2, 300)),
+        "neuron_patching",
+    )
     assert not maps(plots.pictures(neurons)["neuron_patching"])
 
 

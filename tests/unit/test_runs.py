@@ -16,7 +16,7 @@ import xarray as xr
 from mech_align.errors import BadRun
 from mech_align.results import Result
 from mech_align.runs import Run, load_run
-from mech_align.runs.folder import summary_table
+from mech_align.runs.files import summary_table
 from mech_align.runs.report import show_interval, show_number, show_p
 
 COMMAND = ["mech-align", "patch", "--model", "toy", "--out", "my run"]
@@ -32,11 +32,18 @@ def result(name: str = "head_patching", **provenance: Any) -> Result:
     data = xr.Dataset(
         {"effect": (("prompt", "layer", "head"), values)},
         coords={
-            "id": ("prompt", [f"{SECRET} {i}" for i in range(12)]), "group": ("prompt", [f"g{i % 6}" for i in range(12)]),
+            "id": ("prompt", [f"{SECRET} {i}" for i in range(12)]),
+            "group": ("prompt", [f"g{i % 6}" for i in range(12)]),
             "layer": range(3), "head": range(4),
         },
     )  # fmt: skip
-    return Result(data, name, "fraction of the clean-corrupt gap", "positive = more clean behaviour", {"warnings": ["2 pairs left out"], **provenance})
+    return Result(
+        data,
+        name,
+        "fraction of the clean-corrupt gap",
+        "positive = more clean behaviour",
+        {"warnings": ["2 pairs left out"], **provenance},
+    )
 
 
 def opened(path: Path, **changes: Any) -> Run:
@@ -166,7 +173,10 @@ def test_names_cannot_leave_the_folder(tmp_path: Path) -> None:
 def test_findings_with_the_same_claim_are_replaced(tmp_path: Path) -> None:
     run = finished(tmp_path / "run")
     run.add_findings([{"claim": "another"}, {"claim": "L2H1 <b>restores</b> & more", "number": np.float32(0.25)}])
-    assert [(f["claim"], f["number"]) for f in run.findings] == [("another", None), ("L2H1 <b>restores</b> & more", 0.25)]
+    assert [(f["claim"], f["number"]) for f in run.findings] == [
+        ("another", None),
+        ("L2H1 <b>restores</b> & more", 0.25),
+    ]
 
 
 def test_table_of_a_result_without_statistics() -> None:
@@ -204,7 +214,9 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
-    run = finished(tmp_path_factory.mktemp("runs") / "run", examples=[SECRET], model={"name": "</script><script>alert(1)</script>"})
+    run = finished(
+        tmp_path_factory.mktemp("runs") / "run", examples=[SECRET], model={"name": "</script><script>alert(1)</script>"}
+    )
     text = run.write_report().read_text(encoding="utf-8")
     return text, Page(text)
 
@@ -214,9 +226,14 @@ def test_report_makes_no_request_and_runs_only_its_own_code(page: tuple[str, Pag
     assert len(text.encode()) < 6_000_000
     outside = {"src", "href", "action", "data", "poster", "srcset"}
     for tag, attrs in parsed.tags:
-        assert not [v for k, v in attrs.items() if k in outside and v and not v.startswith(("#", "data:"))], (tag, attrs)
+        assert not [v for k, v in attrs.items() if k in outside and v and not v.startswith(("#", "data:"))], (
+            tag,
+            attrs,
+        )
         assert not [k for k in attrs if k.startswith("on") or k == "style"], (tag, attrs)
-    policy = next(attrs["content"] for tag, attrs in parsed.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        attrs["content"] for tag, attrs in parsed.tags if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy is not None and policy.startswith("default-src 'none'")
     scripts = re.search(r"script-src ([^;]*)", policy)
     styles = re.search(r"style-src ([^;]*)", policy)
@@ -238,18 +255,23 @@ def test_report_escapes_what_it_shows(page: tuple[str, Page]) -> None:
     for name in ("settings", "figure-head_patching"):
         data = next(text for tag, attrs, text in parsed.raw if attrs.get("id") == name)
         assert json.loads(data)
-    assert {"light", "dark"} == set(json.loads(next(t for _, a, t in parsed.raw if a.get("id") == "settings"))["templates"])
+    assert {"light", "dark"} == set(
+        json.loads(next(t for _, a, t in parsed.raw if a.get("id") == "settings"))["templates"]
+    )
 
 
 def test_report_says_findings_warnings_and_facts(page: tuple[str, Page]) -> None:
     words = re.sub(r"\s+", " ", " ".join(page[1].words))
     for text in (
-        "supported", "+0.500 of the gap", "[+0.460, +0.530]", "20 random heads: +0.001 [−0.020, +0.020]", "2 pairs left out",
+        "supported", "+0.500 of the gap", "[+0.460, +0.530]", "20 random heads: +0.001 [−0.020, +0.020]",
+        "2 pairs left out",
         "fraction of the clean-corrupt gap", "positive = more clean behaviour", "12 prompts in 6 groups", "L2H1",
         "mech-align patch --model toy --out 'my run'", "1 of 12 cells", "sha: 1f",
     ):  # fmt: skip
         assert text in words, text
-    assert words.index("restores") < words.index("Head patching".lower()) or words.index("restores") < words.index("Which attention heads")
+    assert words.index("restores") < words.index("Head patching".lower()) or words.index("restores") < words.index(
+        "Which attention heads"
+    )
 
 
 def test_report_is_accessible(page: tuple[str, Page]) -> None:
@@ -285,7 +307,9 @@ def test_own_figures_are_kept_under_their_names(tmp_path: Path) -> None:
     from mech_align import plots
 
     run = opened(tmp_path / "run")
-    mean = run.add_result("heads", result(), figures={"heads_map": plots.heatmap(result()), "heads_list": plots.ranked(result())})
+    mean = run.add_result(
+        "heads", result(), figures={"heads_map": plots.heatmap(result()), "heads_list": plots.ranked(result())}
+    )
     assert mean.has_statistics
     assert sorted(p.name for p in (run.path / "figures").iterdir()) == ["heads_list.json", "heads_map.json"]
     run.add_result("second", result())
@@ -295,7 +319,11 @@ def test_own_figures_are_kept_under_their_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.5, "+0.500"), (-0.0123, "−0.012"), (123.4, "+123"), (5.27, "+5.27"), (None, "–"), (float("nan"), "–"), (12, "12"), ("2 of 2", "2 of 2")],
+    [
+        (0.5, "+0.500"), (-0.0123, "−0.012"), (123.4, "+123"), (5.27, "+5.27"), (None, "–"), (float("nan"), "–"), (12,
+        "12"),
+        ("2 of 2", "2 of 2"),
+    ],
 )  # fmt: skip
 def test_numbers(value: Any, text: str) -> None:
     assert show_number(value) == text
