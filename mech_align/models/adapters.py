@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mech_align.errors import AdapterUnchanged, ModelNotFound, UnsupportedModel
+from mech_align.errors import AdapterUnchanged, ModelNotFound, SelfCheckFailed, UnsupportedModel
 from mech_align.models.fingerprint import digests
+from mech_align.models.reference import probe
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def apply_adapter(hf_model: PreTrainedModel, path: str | Path) -> tuple[PreTrain
         ModelNotFound: No adapter there; says which file is missing.
         AdapterUnchanged: No weight changed, or part of the adapter found no place in this model.
         UnsupportedModel: Made for another vocabulary or for other sizes, or of a kind that cannot be merged.
+        SelfCheckFailed: The merged model is not the adapted one.
     """
     _check_folder(path)
     before = digests(hf_model.named_parameters())
@@ -77,12 +79,19 @@ def apply_adapter(hf_model: PreTrainedModel, path: str | Path) -> tuple[PreTrain
         )
     if missing:
         noted.append(f"the adapter holds no values for {len(missing)} of its own tensors, e.g. {missing[0]}")
+    tokens = probe(hf_model).to(hf_model.device)
+    with torch.no_grad():
+        want = wrapped(tokens).logits.float()
     change = _merge_one_by_one(wrapped)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(All|Some) adapters are already merged|Already following adapters")
         merged: Any = wrapped.merge_and_unload()
+    _check_merge(merged, tokens, want, path)
     after = digests(merged.named_parameters())
-    changed = [name for name in before if after.get(name) != before[name]]
+    known = set(before.values())  # an untied embedding is new by name, and changed only if it is new by value
+    changed = [
+        name for name in after if after[name] != before.get(name) and (name in before or after[name] not in known)
+    ]
     if not changed:
         raise AdapterUnchanged(
             f"the adapter {path} changes no weight of this model",
@@ -225,6 +234,7 @@ def _merge_one_by_one(wrapped: Any) -> dict[str, float]:
         if weight is None:
             continue
         old = weight.detach().clone()
+        _untie(wrapped, weight)
         module.merge()
         new = _base_weight(module)
         layer = re.search(r"\.(?:h|layers|blocks|block)\.(\d+)\.", f".{name}.")
@@ -233,6 +243,33 @@ def _merge_one_by_one(wrapped: Any) -> dict[str, float]:
             sums[0] += float((new.detach().float() - old.float()).square().sum())
         sums[1] += float(old.float().square().sum())
     return {layer: (moved / size) ** 0.5 if size else float("nan") for layer, (moved, size) in change.items()}
+
+
+def _untie(wrapped: Any, weight: Tensor) -> None:
+    """Where input and output embedding are one tensor, give the output its own: an adapter on either means only one."""
+    base = wrapped.get_base_model()
+    head: Any = base.get_output_embeddings()
+    head = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+    table: Any = base.get_input_embeddings()
+    table = table.get_base_layer() if hasattr(table, "get_base_layer") else table
+    if head is not None and head.weight is table.weight and weight is head.weight:
+        head.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
+
+
+def _check_merge(merged: Any, tokens: Tensor, want: Tensor, path: str | Path) -> None:
+    """The merged model must be the adapted one. In half precision the merge itself rounds, so nothing can be said."""
+    with torch.no_grad():
+        got = merged(tokens).logits
+    if got.dtype not in (torch.float32, torch.float64):
+        return
+    worst, size = float((got.float() - want).abs().max()), max(1.0, float(want.abs().max()))
+    if not worst <= 1e-3 * size:
+        raise SelfCheckFailed(
+            f"merging the adapter {path} gives another model than the adapter itself",
+            why=f"logits differ by up to {worst:.3g}",
+            hint="merge it by hand with peft, compare, save_pretrained, and load that folder",
+        )
 
 
 def _base_weight(module: Any) -> Tensor | None:

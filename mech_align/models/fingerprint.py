@@ -1,7 +1,7 @@
 """Which weights are these? A digest that any changed number changes and no thread count does, for one read."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -26,13 +26,12 @@ def tensor_digest(value: Tensor) -> str:
     return hashlib.sha256(head + some.numpy().tobytes()).hexdigest()
 
 
-def digests(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+def digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """Digest of every tensor by name; meta tensors, which hold no values, are left out."""
-    pairs: Iterable[tuple[str, Tensor]] = tensors.items() if isinstance(tensors, Mapping) else tensors
-    return {name: tensor_digest(value) for name, value in pairs if value.device.type != "meta"}
+    return {name: tensor_digest(value) for name, value in tensors if value.device.type != "meta"}
 
 
-def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
-    """Sixteen characters that stand for a whole set of named weights."""
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Sixteen characters that stand for a whole set of named weights, such as ``model.named_parameters()``."""
     made = digests(tensors)
     return hashlib.sha256("\n".join(f"{name} {made[name]}" for name in sorted(made)).encode()).hexdigest()[:16]

@@ -81,7 +81,7 @@ def to_hooked(
     with quiet_construction():
         inner = HookedTransformer(cfg)
         _check_complete(inner, state, architecture)
-        inner.load_and_process_state_dict(state, **_processing(weights, cfg))
+        inner.load_and_process_state_dict(state, **processing(weights, cfg))
         if cfg.dtype != final:
             inner.to(final)
     inner.tokenizer = tokenizer_copy(tokenizer)
@@ -169,7 +169,7 @@ def _check_complete(inner: HookedTransformer, state: dict[str, torch.Tensor], ar
     refuse(unset, f"{architecture} whose weights lack {', '.join(unset[:3])}")
 
 
-def _processing(weights: str, cfg: HookedTransformerConfig) -> dict[str, bool]:
+def processing(weights: str, cfg: HookedTransformerConfig) -> dict[str, bool]:
     """TransformerLens' processing switches, minus those that would change what this architecture computes."""
     folded = weights == "folded"
     post_norm = cfg.original_architecture in POST_NORM_ARCHITECTURES

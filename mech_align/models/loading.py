@@ -19,7 +19,7 @@ from mech_align.errors import ModelNotFound, SelfCheckFailed, UnsupportedModel
 from mech_align.models.adapters import AdapterRecord, apply_adapter
 from mech_align.models.bridge import to_bridge, wake_rotary_hooks
 from mech_align.models.fingerprint import fingerprint
-from mech_align.models.hooked import to_hooked
+from mech_align.models.hooked import processing, to_hooked
 from mech_align.models.reference import compare, logits_of, probe
 from mech_align.models.sources import load_tokenizer, resolve, translate
 from mech_align.models.survey import Backend, Inner, backend_of, survey
@@ -109,7 +109,7 @@ def load_backend(
         if better is error:
             raise
         raise better from error
-    seen = survey(inner)
+    checks = {"logits": difference, "residual_sums": survey(inner).residual_error}
     provenance = {
         "name": str(source) + (f" + {adapter}" if adapter is not None else ""),
         "source": str(source),
@@ -119,13 +119,18 @@ def load_backend(
         "adapter": record.as_json() if record else None,
         "backend": backend_of(inner),
         "weights": weights,
+        "weight_processing": (
+            processing(weights, inner.cfg)
+            if isinstance(inner, HookedTransformer)
+            else {"compatibility_mode": inner.compatibility_mode}
+        ),
+        "checks": checks,
         "dtype": str(next(inner.parameters()).dtype).removeprefix("torch."),
         "device": str(inner.cfg.device),
         "fingerprint": digest,
         "versions": {package: version(package) for package in ("torch", "transformers", "transformer_lens")},
         "warnings": notes,
     }
-    checks = {"logits": difference, "residual_sums": seen.residual_error}
     return Loaded(inner, backend_of(inner), tokenizer, config, provenance, checks)
 
 
@@ -143,9 +148,9 @@ def wrap_backend(inner: object, tokenizer: PreTrainedTokenizerBase | None = None
     notes: list[str] = []
     if isinstance(inner, TransformerBridge):
         wake_rotary_hooks(inner)
-    if inner.training:
-        notes.append("the model was in training mode and was put into eval mode")
-        inner.eval()
+        if inner.training:  # without dropout in a HookedTransformer, the mode matters on the bridge only
+            notes.append("the model was in training mode and was put into eval mode")
+            inner.eval()
     folded = getattr(inner.cfg, "normalization_type", None) in ("LNPre", "RMSPre") or getattr(
         inner, "compatibility_mode", False
     )
@@ -278,7 +283,7 @@ def _convert(
             )
             inner = None
     if device_map is None:
-        module: torch.nn.Module = holder[0]
+        module: Any = holder[0]
         module.to(place)
     # Again, and before the bridge rewrites the model in place: on another device rounding differs.
     reference = logits_of(holder[0], tokens)

@@ -57,6 +57,6 @@ def compare(inner: Inner, tokens: Tensor, reference: Tensor, weights: str, backe
             f"{type(inner).__name__} does not give Hugging Face's logits for this model",
             why=f"on {tokens.shape[0]} x {tokens.shape[1]} random tokens they differ by up to {worst:.3g}, "
             f"where {limit:.1g} is allowed",
-            hint="try backend='bridge'" if backend == "hooked" else "please report the architecture as an issue",
+            hint=f"try backend='{'bridge' if backend == 'hooked' else 'hooked'}'",
         )
     return worst

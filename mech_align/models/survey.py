@@ -135,8 +135,9 @@ def _run_survey(inner: Inner) -> Survey:
     for layer in range(cfg.n_layers):
         for part in PARTS:
             point = known.get(candidate(inner, layer, part))
-            if point is None:
-                reasons[layer, part] = _why_missing(cfg, part)
+            reason = _why_absent(cfg, part)
+            if point is None or reason:
+                reasons[layer, part] = reason or "TransformerLens has no hook there for this architecture"
             else:
                 points[layer, part] = point
     tokens = probe_tokens(inner)
@@ -158,14 +159,15 @@ def _recorder(into: list[Tensor]) -> Any:
     return without_hook(lambda value: into.append(value.detach().clone()))
 
 
-def _why_missing(cfg: Any, part: str) -> str:
+def _why_absent(cfg: Any, part: str) -> str:
+    """Why a model of this plan has no such part, or nothing; TransformerLens declares some hooks all the same."""
     if getattr(cfg, "attn_only", False) and part in ("resid_mid", "mlp_post", "mlp_out"):
         return "the model has attention only, no MLPs"
     if getattr(cfg, "parallel_attn_mlp", False) and part == "resid_mid":
         return "attention and MLP run in parallel on resid_pre, so that there is no stream between them"
     if part == "mlp_post" and getattr(cfg, "num_experts", None):
         return "the MLP is a mixture of experts, without one row of neurons"
-    return "TransformerLens has no hook there for this architecture"
+    return ""
 
 
 def _shape(cfg: Any, seen: Mapping[str, Tensor]) -> ModelShape:
