@@ -1,6 +1,8 @@
 """Sphinx configuration: `make docs`."""
 
 import re
+import xml.etree.ElementTree as ET
+from html import unescape
 from importlib.metadata import version as installed_version
 
 from docutils.nodes import SkipNode
@@ -61,13 +63,32 @@ def _process_docstring(_app, _what, _name, _object, _options, lines):
     lines[:] = _to_rst("\n".join(lines)).splitlines()
 
 
+_MATHML = "http://www.w3.org/1998/Math/MathML"
+_ACCENTS = set("ˆ¯˜ˉ˙→^~")
+
+
+def _to_mathml(tex: str, *, as_block: bool) -> str:
+    """TeX to MathML by docutils, gaps filled: `\\Big|`, `\\tfrac12`, and an index on an accented letter (`\\hat e_i`)."""
+    ET.register_namespace("", _MATHML)
+    tex = re.sub(r"\\[Bb]igg?\|", r"\\vert ", tex)
+    tex = re.sub(r"frac(\d)(\d)", r"frac{\1}{\2}", tex)
+    text = re.sub(r"&(?!lt;|gt;|amp;)\w+;", lambda name: unescape(name.group()), tex2mathml(tex, as_block=as_block))
+    root = ET.fromstring(text)
+    for node in list(root.iter(f"{{{_MATHML}}}munderover")):
+        base, index, over = node
+        if over.text in _ACCENTS:  # docutils hangs the index below the letter
+            accented = ET.Element(f"{{{_MATHML}}}mover")
+            accented.extend([base, over])
+            node[:] = [accented, index]
+            node.tag = f"{{{_MATHML}}}msub"
+    return ET.tostring(root, encoding="unicode")
+
+
 def _mathml(self, node, *, as_block):
     """Equations as MathML, which browsers draw by themselves: MathJax would be fetched from the net by every reader."""
     tex = node.astext()
-    if as_block and r"\\" in tex and r"\begin" not in tex:
-        tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"
     try:
-        self.body.append(tex2mathml(tex, as_block=as_block))
+        self.body.append(_to_mathml(tex, as_block=as_block))
     except MathError as problem:
         logging.getLogger(__name__).warning("equation not understood: %s", problem, location=node)
         self.body.append(f"<code>{self.encode(tex)}</code>")
