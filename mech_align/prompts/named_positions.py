@@ -68,16 +68,14 @@ def _substring(tokenizer: Any, wanted: str, prompt: Prompt, encoded: PromptIds, 
                 else "Give more of the text around it, or a token index.",
             ],
         )
-    if text.count(inside):
-        shift = text.rfind(inside)  # the user's turn comes after a system prompt that may quote it
-        start = shift + inside.find(wanted)
-    else:
-        start = text.rfind(inside.strip()) + inside.strip().find(wanted)
-        if inside.strip() not in text or wanted not in inside.strip():
-            raise BadPrompts(
-                f"The position {name!r} of {where} cannot be found: the chat template rewrites the prompt.",
-                hint="Give a token index instead of a text.",
-            )
+    # Templates trim a prompt, and its turn is the last place where it stands: a system prompt before may quote it.
+    core = inside.strip() if wanted in inside.strip() else inside
+    if core not in text:
+        raise BadPrompts(
+            f"The position {name!r} of {where} cannot be found: the chat template rewrites the prompt.",
+            hint="Give a token index instead of a text.",
+        )
+    start = text.rfind(core) + core.find(wanted)
     covered = spans(tokenizer, text)
     if covered is None:
         raise BadPrompts(

@@ -28,9 +28,10 @@ def test_sentence_piece_reads_both_spellings_as_the_word() -> None:
     assert spelled(sentence_piece(), PARK, "She") == ("▁She", "alone")  # "park.She" would be "S", "he"
 
 
-def test_sentence_piece_after_a_space_does_not_take_the_lone_mark() -> None:
-    # "park. " ends with a mark of its own, so that " She" after it is no single token in context.
-    assert spelled(sentence_piece(), PARK + "  ", " She")[0] == "▁She"
+def test_sentence_piece_alone_does_not_take_the_lone_mark() -> None:
+    # Where the prompt's own tokens change, " She" is asked for alone, and that is "▁", "▁She".
+    one = answer_token(sentence_piece(), PARK, " She", before=[0])
+    assert (pieces(sentence_piece(), [one.token])[0], one.how) == ("▁She", "alone")
 
 
 def test_words_have_no_spaces() -> None:

@@ -137,6 +137,9 @@ def test_missing_cells_of_tables_are_missing_and_not_nan_text() -> None:
     with pytest.raises(BadPrompts, match="field `answer`: found nothing"):
         load_pairs(pd.DataFrame(ROWS).assign(answer=pd.array([" She", pd.NA])))
     assert load_pairs(pd.DataFrame(ROWS).assign(id=[1.0, 2.0])).id == ("1", "2")
+    numbered = load_pairs(pd.DataFrame(ROWS).assign(id=["x", None]))
+    assert numbered.id == ("x", "1")
+    assert any(note.startswith("1 rows without an id") for note in numbered.notes)
 
 
 def test_duplicate_ids_name_both_lines(tmp_path: Path) -> None:

@@ -183,8 +183,9 @@ def test_named_positions_pair_the_middle_of_ragged_prompts() -> None:
 
 def test_named_positions_in_chats_are_looked_for_in_the_prompt() -> None:
     tokenizer = byte_level(adds_bos=True, chat=CHAT)
-    chat = ChatTemplate(system="Lily and Tim")
-    pairs = park(answer=["Yes"], wrong=["No"], clean=[f" {LILY}"], positions=[{"who": ["Lily", "Tim"], "park": "park"}])
+    chat = ChatTemplate(system=f"Lily and Tim, {LILY} {TIM}")
+    pairs = park(answer=["Yes"], wrong=["No"], positions=[{"who": ["Lily", "Tim"], "park": "park"}])
+    pairs = dataclasses.replace(pairs, clean=(f" {LILY}",))  # which the template trims
     encoded = pairs.with_chat(chat).encode(tokenizer)
     for ids, names, word in (
         (encoded.clean[0], encoded.named_clean[0], "Lily"),
