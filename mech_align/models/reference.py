@@ -57,6 +57,8 @@ def compare(inner: Inner, tokens: Tensor, reference: Tensor, weights: str, backe
             f"{type(inner).__name__} does not give Hugging Face's logits for this model",
             why=f"on {tokens.shape[0]} x {tokens.shape[1]} random tokens they differ by up to {worst:.3g}, "
             f"where {limit:.1g} is allowed",
-            hint=f"try backend='{'bridge' if backend == 'hooked' else 'hooked'}'",
+            hint="try backend='bridge'"
+            if backend == "hooked"
+            else "try backend='hooked' where it covers the architecture; the fault is in TransformerLens' adapter for it",
         )
     return worst
