@@ -59,6 +59,6 @@ def compare(inner: Inner, tokens: Tensor, reference: Tensor, weights: str, backe
             f"where {limit:.1g} is allowed",
             hint="try backend='bridge'"
             if backend == "hooked"
-            else "try backend='hooked' where it covers the architecture; the fault is in TransformerLens' adapter for it",
+            else "try backend='hooked' if it covers the architecture; the fault is in TransformerLens' adapter",
         )
     return worst
