@@ -17,7 +17,8 @@ from mech_align.errors import BadAnswer, UndefinedEffect
 from mech_align.metrics import Metric
 from mech_align.models import Model
 from mech_align.prompts import Pairs, TokenPairs
-from mech_align.prompts.answers import leading_space_alternative
+from mech_align.prompts.answers import AnswerPolicy, leading_space_alternative
+from mech_align.prompts.encoding import RaggedPolicy
 from mech_align.sweeps.sources import Run, RunSource, Source
 from mech_align.sweeps.sweep import Cell, Sweep, sweep
 
@@ -89,15 +90,20 @@ def prompt_coords(pairs: TokenPairs | Run) -> dict[str, Any]:
     return {"id": ("prompt", np.array(pairs.id, dtype=str)), "group": ("prompt", np.array(pairs.group, dtype=str))}
 
 
-def encode(model: Model, pairs: Pairs | TokenPairs) -> TokenPairs:
+def encode(
+    model: Model, pairs: Pairs | TokenPairs, *, ragged: RaggedPolicy = "align", answers: AnswerPolicy = "single"
+) -> TokenPairs:
     """Pairs as tokens of this model, checked: fits the context, answers as the model writes them.
+
+    Args:
+        ragged, answers: As for ``Pairs.encode``.
 
     Raises:
         BadPrompts, BadAnswer: See ``Pairs.encode``; also when the model would write an answer with another leading space.
     """
     if isinstance(pairs, TokenPairs):
         return pairs
-    tokens = pairs.encode(model.tokenizer, n_ctx=model.shape.n_ctx)
+    tokens = pairs.encode(model.tokenizer, n_ctx=model.shape.n_ctx, ragged=ragged, answers=answers)
     if model.tokenizer is not None and pairs.clean is not None:
         _check_leading_space(model, tokens)
     return tokens

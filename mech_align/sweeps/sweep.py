@@ -89,7 +89,8 @@ def sweep(
     folder = None if store is None else Path(store)
     keeper = ScoreStore((len(run), len(cells)), folder, work.key())
     before = hooks_in_place(model.inner)
-    bar = tqdm(total=len(run) * len(cells), desc="sweep", unit="score", delay=2.0, disable=None, leave=False)
+    hidden = True if progress is not None else None  # None: a bar on terminals only
+    bar = tqdm(total=len(run) * len(cells), desc="sweep", unit="score", delay=2.0, disable=hidden, leave=False)
     done = 0
 
     def tick(count: int) -> None:
