@@ -48,6 +48,9 @@ def axis_of(result: Result, dim: str, tokens: list[str] | None = None) -> Axis:
         if len(tokens) != len(values):
             raise ValueError(f"{len(tokens)} tokens for {len(values)} positions")
         return Axis(dim, values, [f"{i} {show_token(token)}" for i, token in enumerate(tokens)])
+    names = result.values.coords.get("label")
+    if names is not None and names.dims == (dim,):  # layer -1 of a lens is the embedding
+        return Axis(dim, values, [show_text(name) for name in names.values.tolist()])
     show = show_token if dim in ("position", "token") else show_text
     return Axis(dim, values, [show(str(value)) for value in values])
 

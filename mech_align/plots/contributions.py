@@ -169,17 +169,19 @@ def _sums(figure: go.Figure, part: Table, name: str, colour: str, i: int) -> Non
 
 
 def _completeness(result: Result) -> str:
-    """Whether the parts sum to the logit difference, and the largest leftover of any prompt."""
+    """Whether the parts sum to the metric, and the largest leftover of any prompt."""
     kinds = result.values["kind"].values.astype(str)
     data = result.data.transpose(..., "component").values.astype(float)
     total = data[..., kinds != "residual"].sum(-1)
-    words = f"sum of parts = {np.nanmean(total):+.4g}"
-    if "clean" in result.values and result.values["clean"].dims == result.data.dims[:1]:
-        target = result.values["clean"].values.astype(float)
-        left = np.nanmax(np.abs(total - target))
-        return f"{words}, logit difference = {np.nanmean(target):+.4g}, largest leftover of a prompt {left:.1e}"
-    if (kinds == "residual").any():
+    per_prompt = result.data.dims[:1]
+    whole = next((result.values[n] for n in ("clean", "corrupt") if n in result.values), None)
+    if "residual" in result.values and result.values["residual"].dims == per_prompt:
+        left = result.values["residual"].values.astype(float)
+    elif whole is not None and whole.dims == per_prompt:
+        left = whole.values.astype(float) - total
+    elif (kinds == "residual").any():
         left = data[..., kinds == "residual"].sum(-1)
-        whole = np.nanmean(total + left)
-        return f"{words}, logit difference = {whole:+.4g}, largest leftover {np.nanmax(np.abs(left)):.1e}"
-    return words
+    else:
+        return f"sum of parts = {np.nanmean(total):+.4g}"
+    told = f"sum of parts = {np.nanmean(total):+.4g}, metric = {np.nanmean(total + left):+.4g}"
+    return f"{told}, largest leftover of a prompt {np.nanmax(np.abs(left)):.1e}"

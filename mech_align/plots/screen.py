@@ -28,9 +28,7 @@ def screen(result: Result, *, title: str | None = None) -> go.Figure:
         raise MechAlignError(f"'{result.name}' holds no exact effects", hint="confirm the top of the screen first")
     score = mean.data.values.astype(np.float32)
     measured = np.isfinite(exact) & np.isfinite(score)
-    unmeasured = np.abs(score[~measured & np.isfinite(score)])
-    # the top was measured because of its score: all that is stronger than the strongest cell left out
-    top = measured & (np.abs(score) >= (unmeasured.max() if unmeasured.size else 0))
+    top = measured & _chosen_by_score(mean, score, measured)
     figure = go.Figure()
     ends = float(np.max(np.abs([score[measured], exact[measured]]))) * 1.08 or 1.0
     figure.add_shape(type="line", x0=-ends, y0=-ends, x1=ends, y1=ends, line={"dash": "dot", "width": 1, "color": GREY})
@@ -60,6 +58,17 @@ def screen(result: Result, *, title: str | None = None) -> go.Figure:
         height=420,
         bottom=96, left=72,
     )  # fmt: skip
+
+
+def _chosen_by_score(mean: Result, score: Any, measured: Any) -> Any:
+    """Which cells were measured because of their score, and not by the lot."""
+    if "confirmed" in mean.values:
+        confirmed = mean.values["confirmed"].transpose(*mean.data.dims).values
+        if confirmed.dtype.kind in "UO":
+            return confirmed.astype(str) == "top"
+    # all that is stronger than the strongest cell left out
+    unmeasured = np.abs(score[~measured & np.isfinite(score)])
+    return np.abs(score) >= (unmeasured.max() if unmeasured.size else 0)
 
 
 def _labels(mean: Result) -> np.ndarray[Any, Any]:

@@ -224,8 +224,8 @@ def _section(entry: Entry, with_prompts: bool) -> dict[str, Any]:
 def _where(row: Mapping[str, Any], dims: Sequence[str]) -> str:
     """The name of a cell, with the values of axes that a site does not have."""
     label = site_label(row)
-    if "layer" in row and not str(row["layer"]).lstrip("-").isdigit():
-        label = label.removeprefix("L")
+    if "layer" in row and not str(row["layer"]).isdigit():  # the embedding, counted as -1 or named
+        label = label.replace(f"L{row['layer']}", str(row.get("label", row["layer"])), 1)
     known = {"layer", "head", "neuron", "part", "component", "cell", "position"}
     return " · ".join([*([label] if label else []), *(str(row[dim]) for dim in dims if dim not in known)]) or "all"
 

@@ -322,8 +322,16 @@ def test_ablation_stands_beside_its_controls() -> None:
     assert len(strip.x) == 20
     found = next(trace for trace in figure.data if trace.name == "found")
     assert "larger than 20 of 20" in found.text[0] and found.error_x.array[0] > 0
-    (band,) = figure.layout.shapes
-    assert band.x0 == pytest.approx(min(strip.x)) and band.x1 == pytest.approx(max(strip.x))
+    bands = figure.layout.shapes
+    assert len(bands) == 2, "one behind the found heads, one behind the joint set"
+    assert all(band.x0 == pytest.approx(min(strip.x)) and band.x1 == pytest.approx(max(strip.x)) for band in bands)
+    kinds = ["found", "joint", *["control"] * 10, *["control single"] * 10]
+    both = plots.ablation(ablated().map(lambda data: data.assign_coords(kind=("cell", kinds))))
+    strips = [trace for trace in both.data if "random controls" in trace.name]
+    assert [len(trace.x) for trace in strips] == [10, 10]
+    found = next(trace for trace in both.data if trace.name == "found")
+    assert "of 10 controls" in found.text[0]
+    assert both.layout.shapes[0].x1 == pytest.approx(max(strips[1].x)), "single heads are compared with single heads"
     assert "no random controls" in plots.ablation(ablated(0)).layout.title.subtitle.text
     with pytest.raises(MechAlignError):
         plots.ablation(heads())

@@ -317,6 +317,17 @@ def test_own_figures_are_kept_under_their_names(tmp_path: Path) -> None:
     assert 'data-figure="figure-heads_list"' in run.write_report().read_text(encoding="utf-8")
 
 
+def test_a_figure_file_cannot_leave_its_data_block(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    file = run.path / "figures" / "head_patching.json"
+    figure = {**json.loads(file.read_text(encoding="utf-8")), "note": "</script><script>alert(2)</script><!--"}
+    file.write_text(json.dumps(figure), encoding="utf-8")
+    text = run.write_report().read_text(encoding="utf-8")
+    assert "<script>alert(2)" not in text
+    data = next(text for _, attrs, text in Page(text).raw if attrs.get("id") == "figure-head_patching")
+    assert json.loads(data) == figure
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
