@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from beartype import BeartypeConf, BeartypeHintOverrides, beartype
+from beartype import BeartypeConf, FrozenDict, beartype
 
 # beartype wants np.dtype[...] as the second argument; pyright is content with Any.
-check = beartype(conf=BeartypeConf(hint_overrides=BeartypeHintOverrides({np.ndarray[Any, Any]: np.ndarray})))
+check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({np.ndarray[Any, Any]: np.ndarray})))
