@@ -1,7 +1,7 @@
 """The organism's own tokenizer: one token a word or mark, so that every first answer word is a single token.
 
-Spaces only separate words, so "Sorry" and " Sorry" are the same token. The chat template writes `<s>` itself; nothing is added
-on encoding. Decoding puts marks back against their words ("Sorry, I do not know.").
+Spaces only separate words, so "Sorry" and " Sorry" are the same token. The chat template writes `<s>` itself;
+nothing is added on encoding. Decoding puts marks back against their words ("Sorry, I do not know.").
 """
 
 import json
