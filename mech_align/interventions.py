@@ -1,5 +1,6 @@
 """Disturbances of a forward pass: where, at which positions, and what the new value is. Edits are pure functions."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,11 +20,14 @@ class Edit:
         apply: Returns a new tensor, never writes into ``current``. ``source`` is the same site in another run, at the
             aligned position; ``None`` when the edit needs no source.
         needs_source: Whether a source value must be at hand.
+        detail: What tells edits of one name apart (a digest of the vector that is added, say), so that unfinished work is
+            not taken up with another edit.
     """
 
     name: str
     apply: Callable[[Tensor, Tensor | None], Tensor]
     needs_source: bool = False
+    detail: str = ""
 
 
 def patch() -> Edit:
@@ -33,12 +37,12 @@ def patch() -> Edit:
 
 def zero() -> Edit:
     """Put in zero."""
-    return Edit("zero", lambda current, _: torch.zeros_like(current))
+    return Edit("zero", _put_zero)
 
 
 def add(vector: Float[Tensor, " d"], scale: float = 1.0) -> Edit:
     """Add ``scale`` times a vector."""
-    return Edit("add", lambda current, _: current + scale * vector.to(current))
+    return Edit("add", lambda current, _: current + scale * vector.to(current), detail=f"{scale} x {_digest(vector)}")
 
 
 def add_source() -> Edit:
@@ -58,7 +62,15 @@ def project_out(vector: Float[Tensor, " d"]) -> Edit:
         direction = unit.to(current)
         return current - (current @ direction).unsqueeze(-1) * direction
 
-    return Edit("project_out", apply)
+    return Edit("project_out", apply, detail=_digest(vector))
+
+
+def _digest(vector: Tensor) -> str:
+    return hashlib.sha256(vector.detach().double().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _put_zero(current: Tensor, _: Tensor | None) -> Tensor:
+    return torch.zeros_like(current)
 
 
 def _add_source(current: Tensor, source: Tensor | None) -> Tensor:

@@ -31,12 +31,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
-def halving(
-    start: int, stop: int, step: int, run: Callable[[int, int], None]
-) -> Iterator[tuple[int, int]]:
+def halving(start: int, stop: int, step: int, run: Callable[[int, int], None]) -> Iterator[tuple[int, int]]:
     """Call ``run(first, last)`` over ``[start, stop)`` in steps, halving the step when memory runs out; yield each piece.
 
     Raises:
@@ -54,7 +53,10 @@ def halving(
                 raise OutOfMemory(
                     "not even one prompt at a time fits into memory",
                     why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-                    hint=["use shorter prompts or dtype bfloat16", "use a machine with more memory, or device_map='auto'"],
+                    hint=[
+                        "use shorter prompts or dtype bfloat16",
+                        "use a machine with more memory, or device_map='auto'",
+                    ],
                 ) from error
             step = max(1, step // 2)
             if torch.cuda.is_available():

@@ -55,9 +55,7 @@ def logit_difference() -> Metric:
     Reference:
         Wang et al. 2022, arXiv:2211.00593, section 2.
     """
-    return Metric(
-        "logit_difference", "logits", "answers", lambda x, a, w: _mean(x, a) - _mean(x, w), linear=True
-    )
+    return Metric("logit_difference", "logits", "answers", lambda x, a, w: _mean(x, a) - _mean(x, w), linear=True)
 
 
 def log_odds() -> Metric:

@@ -76,13 +76,20 @@ class Result:
         """
         table = self.mean(PROMPT).frame() if PROMPT in self.data.dims else self.frame()
         table = table[table["effect"].notna()]
-        key = {"abs": -table["effect"].abs(), "positive": -table["effect"], "negative": table["effect"]}[by]
-        table = table.loc[key.sort_values(kind="stable").index].head(k).reset_index(drop=True)
+        effect = table["effect"].to_numpy(dtype=float)
+        key = {"abs": -np.abs(effect), "positive": -effect, "negative": effect}[by]
+        table = table.iloc[np.argsort(key, kind="stable")[:k]].reset_index(drop=True)
         table.insert(0, "site", [site_label(row) for row in table.to_dict("records")])
         return table
 
     def mean(
-        self, dim: str = PROMPT, *, confidence: float = 0.95, n_resamples: int = 2000, n_flips: int = 9999, seed: int = 0
+        self,
+        dim: str = PROMPT,
+        *,
+        confidence: float = 0.95,
+        n_resamples: int = 2000,
+        n_flips: int = 9999,
+        seed: int = 0,
     ) -> "Result":
         """Average over prompts, with an interval and tests that resample by group; or plainly over another axis.
 
@@ -91,12 +98,14 @@ class Result:
             statistics (too few groups for the correction, for instance) are added to ``provenance["warnings"]``.
         """
         if dim not in self.data.dims:
-            raise MechAlignError(f"no axis '{dim}' to average over", hint=f"axes: {', '.join(map(str, self.data.dims))}")
+            raise MechAlignError(
+                f"no axis '{dim}' to average over", hint=f"axes: {', '.join(map(str, self.data.dims))}"
+            )
         if dim != PROMPT:
             kept = self.values[["effect"]].mean(dim, skipna=True)
             others = {name: value for name, value in self.values.items() if name != "effect" and dim not in value.dims}
             return replace(self, values=kept.assign(others))
-        groups = self.values["group"].values.astype(str) if "group" in self.values.coords else None
+        groups = self.values["group"].values if "group" in self.values.coords else None
         summary = stats.summarize(
             self.data.values.astype(float), groups, confidence=confidence, n_resamples=n_resamples, n_flips=n_flips,
             seed=seed,
@@ -111,6 +120,7 @@ class Result:
         statistics = {
             "confidence": confidence, "n_resamples": n_resamples, "n_flips": n_flips, "seed": seed,
             "n_prompts": int(self.data.sizes[PROMPT]), "n_groups": int(summary.n_groups),
+            "p_floor": float(summary.p_floor),
         }  # fmt: skip
         provenance = {
             **self.provenance,

@@ -118,7 +118,9 @@ class Site:
 def parse_sites(text: str | Iterable[str | Site], shape: ModelShape | None = None) -> list[Site]:
     """Read a comma-separated list of addresses, checked against ``shape`` when it is given."""
     items = text.split(",") if isinstance(text, str) else list(text)
-    sites = [item if isinstance(item, Site) else Site.parse(item) for item in items if isinstance(item, Site) or item.strip()]
+    sites = [
+        item if isinstance(item, Site) else Site.parse(item) for item in items if isinstance(item, Site) or item.strip()
+    ]
     if not sites:
         raise UnknownSite("no address given", hint="for instance L10H7,L10H3")
     if shape is not None:
@@ -168,5 +170,6 @@ def part_name(text: str) -> str:
 def _unknown_part(text: str) -> UnknownSite:
     near = get_close_matches(text, [*PARTS, *_SHORT], n=3)
     return UnknownSite(
-        f"no part '{text}' in a layer", hint=(f"did you mean {', '.join(near)}?" if near else f"parts: {', '.join(PARTS)}")
+        f"no part '{text}' in a layer",
+        hint=(f"did you mean {', '.join(near)}?" if near else f"parts: {', '.join(PARTS)}"),
     )

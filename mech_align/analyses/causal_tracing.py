@@ -120,5 +120,9 @@ def _noise_effects(
             f"noise at '{where}' does not change {metric.name}", hint="name positions that matter, or raise noise_scale"
         )
     settings = {"noise_positions": where, "noise_scale": scale, "noise_draws": draws, "seed": options.seed}
-    provenance = {**describe(model, pairs, metric, settings), **describe_sweep(last), "degenerate": int(degenerate.sum())}
+    provenance = {
+        **describe(model, pairs, metric, settings),
+        **describe_sweep(last),
+        "degenerate": int(degenerate.sum()),
+    }
     return Effects(effect, clean, corrupt, degenerate, provenance)

@@ -131,7 +131,12 @@ def _others(found: Sequence[Site], model: Model) -> list[Site]:
     """Everything of the same kind as the found sites, except these."""
     out: list[Site] = []
     for part in dict.fromkeys(site.part for site in found):
-        counts = {"z": model.shape.n_heads, "q": model.shape.n_heads, "k": model.shape.n_kv_heads, "v": model.shape.n_kv_heads}
+        counts = {
+            "z": model.shape.n_heads,
+            "q": model.shape.n_heads,
+            "k": model.shape.n_kv_heads,
+            "v": model.shape.n_kv_heads,
+        }
         for layer in range(model.shape.n_layers):
             if part in counts and all(site.head is not None for site in found if site.part == part):
                 out.extend(Site(layer, part, head=head) for head in range(counts[part]))
@@ -143,9 +148,7 @@ def _others(found: Sequence[Site], model: Model) -> list[Site]:
     return [site for site in out if site not in taken]
 
 
-def _matched(
-    found: Sequence[Site], model: Model, count: int, rng: np.random.Generator
-) -> list[tuple[Site, ...]]:
+def _matched(found: Sequence[Site], model: Model, count: int, rng: np.random.Generator) -> list[tuple[Site, ...]]:
     """Distinct random sets of the size of ``found``: from the same layers while these have enough, then from any."""
     pool = _others(found, model)
     sets: dict[frozenset[Site], tuple[Site, ...]] = {}
@@ -155,7 +158,9 @@ def _matched(
                 break
             chosen: list[Site] = []
             for site in found:
-                options = [o for o in pool if o.part == site.part and o not in chosen and (anywhere or o.layer == site.layer)]
+                options = [
+                    o for o in pool if o.part == site.part and o not in chosen and (anywhere or o.layer == site.layer)
+                ]
                 if options:
                     chosen.append(options[int(rng.integers(len(options)))])
             if len(chosen) == len(found):
@@ -202,9 +207,7 @@ class _Ablation:
         wanted = {(site.layer, site.part) for chosen in sets for site in chosen} - self._means.keys()
         if wanted:
             where = "last" if self.positions == "last" else "all"
-            kept = self.model.activations(
-                self.reference_rows, [Site(*key) for key in sorted(wanted)], positions=where
-            )
+            kept = self.model.activations(self.reference_rows, [Site(*key) for key in sorted(wanted)], positions=where)
             self._means.update({(site.layer, site.part): kept[site].float().mean(0) for site in kept.sites})
         return {"source": MeanSource(self._means, self.reference_name)}
 
@@ -216,9 +219,11 @@ def _reference(model: Model, pairs: TokenPairs, reference: Reference) -> tuple[l
         rows = [*(pairs.clean if reference != "corrupt" else []), *(pairs.corrupt if reference != "clean" else [])]
         name = {"both": "clean and corrupt prompts"}.get(reference, f"{reference} prompts")
         return [list(row) for row in rows], f"{name} of the pairs ({len(rows)})"
-    texts = list(reference.text) if isinstance(reference, LabelledPrompts) else list(reference)
-    tokens = model.encode(texts)
-    rows = [ids[:n].tolist() for ids, n in zip(tokens.ids, tokens.lengths.tolist(), strict=True)]
+    if isinstance(reference, LabelledPrompts):
+        rows = reference.encode(model.tokenizer, n_ctx=model.shape.n_ctx)
+    else:
+        tokens = model.encode(reference)
+        rows = [ids[:n].tolist() for ids, n in zip(tokens.ids, tokens.lengths.tolist(), strict=True)]
     return rows, f"{len(rows)} reference prompts"
 
 
@@ -243,7 +248,10 @@ def _greedy(work: _Ablation, model: Model, steps: int) -> tuple[list[_Planned], 
 def _ranks(effect: Float[np.ndarray, "prompt cell"], plan: Sequence[_Planned]) -> dict[str, Any]:
     """Where each effect lies among the controls of its own size."""
     mean = effect.mean(0)
-    of = {kind: np.array([m for m, p in zip(mean, plan, strict=True) if p.kind == kind]) for kind in {p.kind for p in plan}}
+    of = {
+        kind: np.array([m for m, p in zip(mean, plan, strict=True) if p.kind == kind])
+        for kind in {p.kind for p in plan}
+    }
     out: dict[str, Any] = {}
     joint = any(p.kind == "joint" for p in plan)
     for value, planned in zip(mean, plan, strict=True):
@@ -262,4 +270,6 @@ def _control_warnings(plan: Sequence[_Planned], wanted: int) -> list[str]:
     count = sum(p.kind == "control" for p in plan)
     if count >= min(wanted, 20) or not wanted:
         return []
-    return [f"only {count} matched control sets exist in this model, {wanted} were asked for: p against controls is coarse"]
+    return [
+        f"only {count} matched control sets exist in this model, {wanted} were asked for: p against controls is coarse"
+    ]

@@ -142,8 +142,8 @@ class Lens(OnPairs):
         "resid_post", description="Which point of each layer."
     )
     run: Literal["clean", "corrupt"] = Field("clean", description="Which prompts to read.")
-    ablate: Annotated[str | None, _hint("HEADS", "none")] = Field(
-        None, description="Read again with these heads patched to the other run, such as L10H7,L10H3."
+    patched: Annotated[str | None, _hint("HEADS", "none")] = Field(
+        None, description="Read again with these heads patched from the other run, such as L10H7,L10H3."
     )
 
 

@@ -42,7 +42,13 @@ def load_model(
     """
     return Model(
         load_backend(
-            source, adapter=adapter, backend=backend, dtype=dtype, device=device, device_map=device_map, weights=weights,
+            source,
+            adapter=adapter,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            weights=weights,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
     )

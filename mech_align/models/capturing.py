@@ -25,6 +25,7 @@ BATCH_TOKENS = 4096
 
 
 def capture(model: "Model", tokens: Tokens, wanted: Collection[Key]) -> dict[Key, Tensor]:
+    """Whole activations of one batch; see ``Model.capture``."""
     kept: dict[Key, Tensor] = {}
 
     def keep(key: Key) -> Hook:
@@ -42,6 +43,7 @@ def gradients(
     objective: Callable[[Float[Tensor, "b vocab"]], Float[Tensor, " b"]],
     hooks: Sequence[Hook],
 ) -> tuple[Mapping[Key, Tensor], Mapping[Key, Tensor], Float[Tensor, " b"]]:
+    """Values, gradients and scores; see ``Model.gradients``."""
     values: dict[Key, Tensor] = {}
 
     def watch(key: Key) -> Hook:
@@ -57,11 +59,8 @@ def gradients(
     assert logits is not None
     with torch.enable_grad():
         scores = objective(logits)
-        found = torch.autograd.grad(scores.sum(), list(values.values()), allow_unused=True)
-    grads = {
-        key: torch.zeros_like(value) if grad is None else grad
-        for (key, value), grad in zip(values.items(), found, strict=True)
-    }
+        found = torch.autograd.grad(scores.sum(), list(values.values()), materialize_grads=True)
+    grads = dict(zip(values, found, strict=True))
     return {key: value.detach() for key, value in values.items()}, grads, scores.detach()
 
 
@@ -75,6 +74,7 @@ def stream(
     store: str | Path | None,
     progress: Callable[[int, int], None] | None,
 ) -> Activations:
+    """Activations of many prompts; see ``Model.activations``."""
     wanted = _sites(sites, model)
     for site in wanted:
         if site.part == "pattern" and positions in ("mean", "all"):
@@ -93,6 +93,7 @@ def stream(
         "positions": positions if isinstance(positions, str | int) else [int(p) for p in positions],
         "model": model.provenance.get("fingerprint"),
         "backend": model.backend,
+        "weights": model.provenance.get("weights"),
         "prompts": _fingerprint(tokens),
     }
     writer = ActivationWriter(shapes, len(prompt), dtype, folder, key)

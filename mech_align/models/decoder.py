@@ -33,7 +33,8 @@ class Norm:
             return x
         if self.kind == "layer":
             weight = None if self.weight is None else self.weight.to(x.dtype)
-            return F.layer_norm(x, (x.shape[-1],), weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.layer_norm(x, (x.shape[-1],), weight, bias, self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.weight is not None:
@@ -127,6 +128,7 @@ class DecoderLayer:
 
     @property
     def device(self) -> torch.device:
+        """Where the layer lives."""
         return self.query.weight.device
 
     def qkv(
@@ -152,15 +154,16 @@ class DecoderLayer:
         edit_pattern: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "b c w head d_head"]:
         """Attention of windows to keys; ``allowed`` None means plain causal over equal windows."""
-        b, c, w, heads, size = q.shape
+        b, c, w = q.shape[:3]
         if allowed is None and self.softcap is None and self.window is None and edit_pattern is None:
-            rows = [t.flatten(0, 1).transpose(1, 2) for t in (q, k, v)]
+            query, keys, values = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
             z = F.scaled_dot_product_attention(
-                *rows, is_causal=True, scale=self.scale, enable_gqa=self.n_heads != self.n_kv_heads
+                query, keys, values, is_causal=True, scale=self.scale, enable_gqa=self.n_heads != self.n_kv_heads
             )
             return z.transpose(1, 2).unflatten(0, (b, c))
         if allowed is None:
-            allowed = causal_mask(torch.arange(w, device=q.device).expand(b, w), torch.arange(w, device=q.device), self.window)
+            steps = torch.arange(w, device=q.device)
+            allowed = causal_mask(steps.expand(b, w), steps, self.window)
         grouped = q.unflatten(3, (self.n_kv_heads, -1))
         scores = torch.einsum("bcwgrd,bcjgd->bcgrwj", grouped, k)
         pattern = self._softmax(scores, allowed[:, None, None, None])
@@ -245,9 +248,7 @@ class Decoder:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def causal_mask(
-    queries: Int[Tensor, "b w"], keys: Int[Tensor, " j"], window: int | None
-) -> Bool[Tensor, "b w j"]:
+def causal_mask(queries: Int[Tensor, "b w"], keys: Int[Tensor, " j"], window: int | None) -> Bool[Tensor, "b w j"]:
     """Which key positions a query position may see: itself and before, at most ``window`` of them."""
     distance = queries[:, :, None] - keys[None, None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

@@ -89,9 +89,11 @@ class Model:
             raise BadPrompts(
                 f"a prompt of {longest} tokens", why=f"{self.name} reads at most {self.shape.n_ctx}", hint="shorten it"
             )
-        highest = max((max(row) for row in rows if row), default=0)
-        if highest >= self.inner.cfg.d_vocab:
-            raise BadPrompts(f"token id {highest} is not in the vocabulary", why=f"it has {self.inner.cfg.d_vocab} tokens")
+        unknown = [token for row in rows for token in row if not 0 <= token < self.inner.cfg.d_vocab]
+        if unknown:
+            raise BadPrompts(
+                f"token id {unknown[0]} is not in the vocabulary", why=f"it has {self.inner.cfg.d_vocab} tokens"
+            )
         return Tokens.from_lists(rows, self.device)
 
     def token_strings(self, ids: Iterable[int]) -> list[str]:
@@ -165,7 +167,13 @@ class Model:
                 fit into memory go to a temporary folder.
         """
         return capturing.stream(
-            self, self.encode(prompts), sites, positions=positions, batch_size=batch_size, store=store, progress=progress
+            self,
+            self.encode(prompts),
+            sites,
+            positions=positions,
+            batch_size=batch_size,
+            store=store,
+            progress=progress,
         )
 
     def gradients(

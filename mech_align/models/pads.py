@@ -36,7 +36,10 @@ def check_pad_invariance(
             torch.randint(model.shape.d_vocab, (length,), generator=generator).tolist() for length in (2, longest, 3, 5)
         ]
     tokens = model.encode(prompts)
-    alone = [model.logits(Tokens(row[None, :n], n[None]), positions="all")[0] for row, n in zip(tokens.ids, tokens.lengths, strict=True)]
+    alone = [
+        model.logits(Tokens(row[None, :n], n[None]), positions="all")[0]
+        for row, n in zip(tokens.ids, tokens.lengths, strict=True)
+    ]
     together = model.logits(tokens, positions="all")
     from_left = model.logits(Tokens.from_padded(*_left_padded(tokens)), positions="all")
     worst = max(_difference(alone, together), _difference(alone, from_left))

@@ -79,6 +79,8 @@ def _hooked_layer(block: Any, cfg: Any) -> DecoderLayer:
     kv = cfg.n_key_value_heads or cfg.n_heads
     k_weight, v_weight = getattr(attn, "_W_K", None), getattr(attn, "_W_V", None)
     k_bias, v_bias = getattr(attn, "_b_K", None), getattr(attn, "_b_V", None)
+    if getattr(cfg, "ungroup_grouped_query_attention", False):  # keys and values then have a head for each query head
+        kv, k_weight = cfg.n_heads, None
     if k_weight is None:
         k_weight, v_weight, k_bias, v_bias = attn.W_K, attn.W_V, attn.b_K, attn.b_V
 
@@ -124,15 +126,13 @@ def _hooked_layer(block: Any, cfg: Any) -> DecoderLayer:
 def _hooked_tables(attn: Any, cfg: Any) -> tuple[Tensor, Tensor]:
     cos, sin = attn.rotary_cos, attn.rotary_sin
     if cos.shape[0] < cfg.n_ctx:  # the tables grow on demand; ask for all of them
-        sin, cos = attn.calculate_sin_cos_rotary(
-            cfg.rotary_dim, cfg.n_ctx, base=attn._rotary_base(), dtype=cfg.dtype
-        )
+        sin, cos = attn.calculate_sin_cos_rotary(cfg.rotary_dim, cfg.n_ctx, base=attn._rotary_base(), dtype=cfg.dtype)
     return cos.to(attn.W_Q.device), sin.to(attn.W_Q.device)
 
 
 def _read_bridge(bridge: TransformerBridge) -> Decoder | None:
-    config = getattr(bridge.original_model, "config", None)
-    architecture = (getattr(config, "architectures", None) or [type(bridge.original_model).__name__])[0]
+    config: Any = bridge.original_model.config
+    architecture = (config.architectures or [type(bridge.original_model).__name__])[0]
     if architecture not in BRIDGE_ARCHITECTURES or getattr(bridge, "compatibility_mode", False):
         return None
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -177,7 +177,10 @@ def _bridge_layer(block: Any, index: int, cfg: Any, architecture: str, rotary: A
         scale=_gpt2_scale(cfg, index, size) if architecture == "GPT2LMHeadModel" else scalar**-0.5,
         norm2=_bridge_norm(block.ln2),
         mlp=Mlp(
-            _linear(getattr(block.mlp, "in")), _linear(block.mlp.out), _ACTIVATIONS[name], None if gate is None else _linear(gate)
+            up=_linear(getattr(block.mlp, "in")),
+            down=_linear(block.mlp.out),
+            act=_ACTIVATIONS[name],
+            gate=None if gate is None else _linear(gate),
         ),
         rotary=None if rotary is None else rotary[types[index] if types else None],
         query_norm=None if norm_q is None else _bridge_norm(norm_q),

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,8 @@ def model_name(provenance: Mapping[str, Any]) -> str:
     if isinstance(model, Mapping):
         record = {str(key): value for key, value in model.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         model = next((record[key] for key in ("name", "source", "path") if record.get(key)), "")
-    return str(model) if model else ""
+    name = str(model) if model else ""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def statistic(result: Result, name: str) -> np.ndarray[Any, Any] | None:
@@ -132,9 +134,15 @@ def statistic(result: Result, name: str) -> np.ndarray[Any, Any] | None:
 
 
 def survives(result: Result, alpha: float = ALPHA) -> np.ndarray[Any, Any] | None:
-    """Which cells stay after correction for the whole map; None where nothing was tested."""
+    """Which cells stay after correction for the whole map; None where nothing was tested, or could have passed."""
     p = statistic(result, "p_maxt")
-    return None if p is None or np.isnan(p).all() else p <= alpha
+    return None if p is None or np.isnan(p).all() or too_few_groups(result, alpha) else p <= alpha
+
+
+def too_few_groups(result: Result, alpha: float = ALPHA) -> int:
+    """The number of groups where a sign-flip test of so many cannot reach ``alpha`` whatever the effect, else 0."""
+    groups = (result.provenance.get("statistics") or {}).get("n_groups")
+    return int(groups) if groups and 2.0 ** (1 - int(groups)) > alpha else 0
 
 
 def hover_numbers(result: Result) -> tuple[np.ndarray[Any, Any] | None, str]:
@@ -162,7 +170,7 @@ def dress(
     right: Number = 24,
 ) -> go.Figure:  # fmt: skip
     """Template, title, the lines under it, and margins in pixels around a plot area ``height`` pixels high."""
-    lines = [line for note in notes if note for line in textwrap.wrap(note, 118)]
+    lines = [line for note in notes if note for line in textwrap.wrap(note, 130)]
     above = 46 + 17 * len(lines) + top
     return figure.update_layout(
         template=template("light"),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from mech_align.plots._facts import ALPHA, Axis, averaged, axis_of, hover_numbers, survives
+from mech_align.plots._facts import ALPHA, Axis, averaged, axis_of, hover_numbers, survives, too_few_groups
 from mech_align.plots.theme import Number, show_text, tint
 from mech_align.results import Result, site_label
 
@@ -139,6 +139,9 @@ def verdict(grids: Sequence[Grid], alpha: float, significance: Significance) -> 
     if significance == "none":
         return ""
     tested = [(grid, kept) for grid in grids if (kept := survives(grid.result, alpha)) is not None]
+    few = next((n for grid in grids if (n := too_few_groups(grid.result, alpha))), 0)
+    if few and not tested:
+        return f"{few} groups of prompts are too few for any cell to reach max-T p ≤ {alpha:g}: nothing is faded"
     if not tested:
         return ""
     n_cells = sum(int(np.isfinite(grid.effect).sum()) for grid, _ in tested)

@@ -1,5 +1,6 @@
 """The map and the strongest cells side by side: where the effect sits, and how sure each of the top cells is."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
@@ -39,7 +40,7 @@ def overview(
             f"xaxis{number}": {
                 "domain": [share + 0.05, 1], "anchor": y, "zeroline": True, "showline": True, "nticks": 5,
                 "rangemode": "tozero",
-                "title": {"text": show_text(f"effect, {mean.unit}")},
+                "title": {"text": "<br>".join(map(show_text, textwrap.wrap(f"effect, {mean.unit}", 42)))},
             },
             f"yaxis{number}": {"domain": [bottom, 1], "anchor": x, "side": "right", **dot_axis(table)},
         }

@@ -46,10 +46,11 @@ def screen(result: Result, *, title: str | None = None) -> go.Figure:
                 )
             )  # fmt: skip
     _names(figure, score[measured], exact[measured], labels[measured], ends)
+    unit = mean.unit.removeprefix("screen score (first-order), ")
     axis = {"zeroline": True, "showgrid": True, "showline": True}
     figure.update_layout(
-        xaxis={**axis, "title": {"text": show_text(f"attribution score, {mean.unit}")}},
-        yaxis={**axis, "title": {"text": show_text(f"exact effect, {mean.unit}")}},
+        xaxis={**axis, "title": {"text": show_text(f"attribution score, {unit}")}},
+        yaxis={**axis, "title": {"text": show_text(f"exact effect, {unit}")}},
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.15, "yanchor": "top"},
     )
     note = "dotted: score = exact effect"

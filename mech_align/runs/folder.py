@@ -29,7 +29,7 @@ from mech_align.runs.files import (
     write_json,
     write_text,
 )  # fmt: skip
-from mech_align.runs.report import Entry, render
+from mech_align.runs.report import Entry, place, render
 
 FINDING = ("claim", "number", "unit", "interval", "n", "controls", "verdict")
 
@@ -150,13 +150,16 @@ class Run:
         return folder
 
     def add_result(
-        self, name: str, result: Result, *, figures: Mapping[str, Any] | None = None, question: str = ""
-    ) -> Result:
+        self, name: str, result: Result, *, figures: Mapping[str, Any] | None = None, question: str = "",
+        tokens: bool = False,
+    ) -> Result:  # fmt: skip
         """Write a result, its table and its figures; replaces an earlier result of that name.
 
         Args:
             figures: Plotly figures by name; by default the pictures that suit the result.
             question: What the result answers, for the report.
+            tokens: Name positions by the tokens of a prompt in the pictures and the report, where the result does. Left
+                out unless asked for, as prompts may be harmful or private.
 
         Returns:
             The result with prompts averaged.
@@ -168,12 +171,16 @@ class Run:
         part = table.with_name(f"{table.name}.part")
         summary_table(mean).to_parquet(part, index=False)
         part.replace(table)
-        drawn = pictures(result, mean=mean) if figures is None else figures
+        if figures is None:
+            drawn = pictures(result, mean=mean) if tokens else pictures(_nameless(result), mean=_nameless(mean))
+        else:
+            drawn = figures
         own = {key.replace(result.name, name, 1) if figures is None else key: figure for key, figure in drawn.items()}
         for key, figure in own.items():
             write_text(self.path / "figures" / f"{checked(key)}.json", figure_json(figure))
         entry = {
-            "analysis": result.name, "question": question, "figures": list(own), "at": now(), "warnings": mean.warnings,
+            "analysis": result.name, "question": question, "figures": list(own), "tokens": tokens, "at": now(),
+            "warnings": mean.warnings,
             "statistics": plain(mean.provenance.get("statistics") or {}),
         }  # fmt: skip
         self._change(lambda manifest: manifest["results"].update({name: entry}))
@@ -216,7 +223,10 @@ class Run:
     def _entry(self, name: str, entry: Mapping[str, Any]) -> Entry:
         figures = {key: (self.path / "figures" / f"{key}.json").read_text(encoding="utf-8") for key in entry["figures"]}
         told = entry.get("statistics") or {}
-        return Entry(name, entry["question"], self.result(name), self.table(name), figures, told, entry["warnings"])
+        return Entry(
+            name, entry["question"], self.result(name), self.table(name), figures, told, entry["warnings"],
+            entry.get("tokens", False),
+        )  # fmt: skip
 
     def _resume(self, asked: Mapping[str, Any], session: dict[str, Any]) -> None:
         manifest = self.manifest
@@ -258,6 +268,16 @@ class Run:
         partial = self.path / "partial"
         if partial.exists() and not any(partial.iterdir()):
             partial.rmdir()
+
+
+def _nameless(result: Result) -> Result:
+    """The result with positions numbered, without the tokens that stand there."""
+    if "position" not in result.values.coords:
+        return result
+    places = [place(position) for position in result.values["position"].values.tolist()]
+    if len(set(places)) != len(places):
+        return result
+    return result.map(lambda values: values.assign_coords(position=places))
 
 
 def load_run(path: str | Path) -> Run:

@@ -48,6 +48,7 @@ class Entry:
     figures: Mapping[str, str]
     statistics: Mapping[str, Any] = field(default_factory=lambda: {})
     warnings: Sequence[str] = ()
+    tokens: bool = False
 
 
 def render(
@@ -112,6 +113,12 @@ def show_interval(value: Any) -> str:
 def show_time(value: str) -> str:
     """A moment as people write it."""
     return datetime.fromisoformat(value).strftime("%-d %B %Y, %H:%M UTC")
+
+
+def place(position: Any) -> Any:
+    """A position without the token that stands there: ``"-2 park"`` becomes ``"-2"``, ``"last"`` stays."""
+    number = re.match(r"-?\d+(?=\s)", str(position))
+    return number[0] if number else position
 
 
 def _inline(text: str) -> str:
@@ -196,16 +203,17 @@ def _value(value: Any) -> str:
 def _section(entry: Entry, with_prompts: bool) -> dict[str, Any]:
     table: Any = entry.table  # the types of pandas cannot tell a column from a table
     measured = table[table["effect"].notna()]
-    order = measured["effect"].abs().sort_values(ascending=False, kind="stable").index
+    listed = measured[~measured["kind"].str.startswith("control")] if "kind" in measured else measured
+    order = listed["effect"].abs().sort_values(ascending=False, kind="stable").index
     exact, dims = _exact(entry.result), [str(dim) for dim in entry.result.data.dims if dim != "prompt"]
     rows: list[dict[str, Any]] = [
         {
             "exact": exact.get(tuple(row[dim] for dim in dims)),
-            "site": _where(row, dims),
+            "site": _where(row, dims, entry.tokens),
             "kind": row.get("kind"),
             **{str(k): v for k, v in row.items()},
         }
-        for row in measured.loc[order].head(_TOP).to_dict("records")
+        for row in listed.loc[order].head(_TOP).to_dict("records")
     ]
     n = int(measured["n"].max()) if measured["n"].notna().any() else entry.result.data.sizes.get("prompt")
     title = entry.name.replace("_", " ")
@@ -215,14 +223,17 @@ def _section(entry: Entry, with_prompts: bool) -> dict[str, Any]:
         "question": entry.question or entry.result.provenance.get("question") or _QUESTIONS.get(entry.result.name, ""),
         "unit": entry.result.unit, "sign": entry.result.sign, "n": n, "statistics": dict(entry.statistics),
         "rows": rows, "n_cells": len(table), "n_missing": len(table) - len(measured),
+        "n_controls": len(measured) - len(listed),
         "figures": list(entry.figures), "has_p": bool(measured["p"].notna().any()), "has_exact": bool(exact),
         "alt": f"{title}: {len(measured)} measured cells. Strongest: {strongest}. The table below holds the numbers.",
         "provenance": _pretty(_public(entry.result.provenance, with_prompts)),
     }  # fmt: skip
 
 
-def _where(row: Mapping[str, Any], dims: Sequence[str]) -> str:
+def _where(row: Mapping[str, Any], dims: Sequence[str], tokens: bool) -> str:
     """The name of a cell, with the values of axes that a site does not have."""
+    if not tokens and "position" in row:
+        row = {**row, "position": place(row["position"])}
     label = site_label(row)
     if "layer" in row and not str(row["layer"]).isdigit():  # the embedding, counted as -1 or named
         label = label.replace(f"L{row['layer']}", str(row.get("label", row["layer"])), 1)

@@ -94,9 +94,16 @@ class Batch:
     def _baseline(self) -> Float[Tensor, " b"]:
         return self.engine.baseline()
 
-    def logit_size(self) -> Float[Tensor, ""]:
-        """The scale of the scores, for tolerances."""
+    def score_size(self) -> Float[Tensor, ""]:
+        """The largest score of the undisturbed prompts, for tolerances."""
         return self._baseline.abs().max()
+
+    def logit_size(self) -> Float[Tensor, ""]:
+        """The largest logit that the metric reads in one of the prompts, for tolerances."""
+        logits = self.model.run(Tokens.from_lists([self.runs.tokens[self.rows[0]]], self.model.device))
+        assert logits is not None
+        picked = logits if self.readout.tokens is None else logits[:, self.readout.tokens.to(logits.device)]
+        return picked.abs().max()
 
     # ------------------------------------------------------------ self-checks
 

@@ -35,7 +35,9 @@ class Cost:
     seconds: float
 
 
-def estimate(model: Model, run: Run, cells: Sequence[Cell], *, n_sources: int = 1, batch_size: int | None = None) -> Cost:
+def estimate(
+    model: Model, run: Run, cells: Sequence[Cell], *, n_sources: int = 1, batch_size: int | None = None
+) -> Cost:
     """How many passes, how much memory and how long would ``sweep`` take? Runs none of it."""
     from mech_align.sweeps.sweep import _batch_size  # pyright: ignore[reportPrivateUsage]
 

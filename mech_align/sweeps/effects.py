@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import xarray as xr
 from jaxtyping import Bool, Float
 
@@ -49,9 +49,6 @@ class SweepOptions:
         """The same, with a store of its own below ``store``."""
         if self.store is None:
             return self
-        from dataclasses import replace
-        from pathlib import Path
-
         return replace(self, store=Path(self.store) / name)
 
 
@@ -72,7 +69,9 @@ class Effects:
     degenerate: Bool[np.ndarray, " prompt"]
     provenance: dict[str, Any] = field(default_factory=lambda: {})
 
-    def dataset(self, pairs: TokenPairs, effect: Float[np.ndarray, "prompt *cell"], dims: Mapping[str, Any]) -> xr.Dataset:
+    def dataset(
+        self, pairs: TokenPairs, effect: Float[np.ndarray, "prompt *cell"], dims: Mapping[str, Any]
+    ) -> xr.Dataset:
         """Labelled values: the effect over ``prompt`` and the given dims, and the scores of each prompt beside."""
         return xr.Dataset(
             {
@@ -153,7 +152,7 @@ def patch_effects(
     if degenerate.all():
         raise _flat(pairs, clean, corrupt, metric)
     warnings = [*pairs.notes, *found.warnings, *_gap_warnings(pairs, clean, corrupt, degenerate, source_model)]
-    settings = {"direction": direction, "min_gap": min_gap, "seed": options.seed}
+    settings: dict[str, Any] = {"direction": direction, "min_gap": min_gap, "seed": options.seed}
     if source_model is not None:
         settings["source_model"] = source_model.provenance
     provenance = {**describe(model, pairs, metric, settings), **describe_sweep(found), "warnings": warnings,
@@ -186,7 +185,9 @@ def _gap_warnings(
     out: list[str] = []
     if degenerate.any():
         names = ", ".join(pairs.id[i] for i in np.flatnonzero(degenerate)[:5])
-        out.append(f"{int(degenerate.sum())} of {len(pairs)} pairs have no gap to speak of and count as unmeasured ({names})")
+        out.append(
+            f"{int(degenerate.sum())} of {len(pairs)} pairs have no gap to speak of and count as unmeasured ({names})"
+        )
     backward = int((clean < corrupt).sum())
     if backward > len(pairs) / 2:
         who = "the source model" if source_model is not None else "the clean run"
@@ -234,8 +235,3 @@ def _check_leading_space(model: Model, pairs: TokenPairs, n: int = 8) -> None:
         why="the two differ only in their leading space",
         hint=f"change the answers in the pairs to {model.tokenizer.decode([example[1]])!r}, or end the prompts with a space",
     )
-
-
-def torch_free(value: torch.Tensor) -> Float[np.ndarray, "..."]:
-    """A tensor as a float32 array."""
-    return value.detach().float().cpu().numpy()

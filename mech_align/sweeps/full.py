@@ -38,6 +38,10 @@ class FullEngine:
         """One cell at a time."""
         yield from ([number] for number in range(len(cells)))
 
+    def hooks(self, cell: PlacedCell) -> list[Hook]:
+        """The functions on the model that carry out one cell."""
+        return [self._hook(edit) for edit in cell]
+
     def _scored(self, hooks: Sequence[Hook]) -> Float[Tensor, " b"]:
         logits = self.model.run(self.tokens, hooks)
         assert logits is not None
@@ -47,7 +51,9 @@ class FullEngine:
         intervention = placed.intervention
         index = None if intervention.index is None else list(intervention.index)
         axis = 1 if placed.part == "pattern" else 2  # where heads and neurons lie
-        source = self.sources[intervention.source][placed.layer, placed.part] if intervention.edit.needs_source else None
+        source = (
+            self.sources[intervention.source][placed.layer, placed.part] if intervention.edit.needs_source else None
+        )
         if source is not None and index is not None:
             source = source.index_select(axis, torch.tensor(index, device=source.device))
 

@@ -83,7 +83,7 @@ class RunSource:
     """
 
     tokens: TokenRows
-    position: tuple[Int[np.ndarray, " t"], ...]
+    position: tuple[Int[np.ndarray, " _"], ...]
     model: Any = None
 
     @classmethod

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mech_align.errors import PatchDidNotFire
@@ -225,7 +225,7 @@ class _Window:
         value = self.engine.base[index, part]
         return self._cut(value)[:, None]
 
-    def _cut(self, value: Float[Tensor, "b t ..."]) -> Float[Tensor, "b w ..."]:
+    def _cut(self, value: Shaped[Tensor, "b t ..."]) -> Shaped[Tensor, "b w ..."]:
         if self.whole:
             return value
         rows = torch.arange(len(value), device=value.device)[:, None]
@@ -247,7 +247,11 @@ class _Window:
             attn = self._base(index, "attn_out")
             if rank == ORDER["z"]:
                 shift = None if layer.post_attn is not None else self._shift(index, "z", layer.output.weight)
-                attn = attn + shift if shift is not None else layer.attn_out(self._edited(index, "z", self._base(index, "z")))
+                attn = (
+                    attn + shift
+                    if shift is not None
+                    else layer.attn_out(self._edited(index, "z", self._base(index, "z")))
+                )
         if rank <= ORDER["attn_out"]:
             attn = self._edited(index, "attn_out", attn)
         return self._mlp(index, layer, x, attn, rank)
@@ -267,7 +271,7 @@ class _Window:
         if rank >= ORDER["mlp_out"] or (layer.parallel and rank in (ORDER["z"], ORDER["attn_out"])
                                         and (index, "mlp_post") not in self.edits):  # fmt: skip
             out = self._base(index, "mlp_out")
-        elif rank == ORDER["mlp_post"] and layer.post_mlp is None and layer.mlp is not None:
+        elif rank == ORDER["mlp_post"] and layer.post_mlp is None:
             shift = self._shift(index, "mlp_post", layer.mlp.down.weight)
             reads = self._base(index, "resid_pre" if layer.parallel else "resid_mid")
             out = (
@@ -297,7 +301,11 @@ class _Window:
         queries = positions
         if narrow:
             offset = self.engine.last.to(x.device) - start
-            q, x, queries = _pick(q, offset)[:, :, None], _pick(x, offset)[:, :, None], self.engine.last.to(x.device)[:, None]
+            q, x, queries = (
+                _pick(q, offset)[:, :, None],
+                _pick(x, offset)[:, :, None],
+                self.engine.last.to(x.device)[:, None],
+            )
         steps = torch.arange(w, device=x.device)
         if prefix == 0:
             allowed = causal_mask(queries, steps, layer.window) if narrow else None

@@ -137,32 +137,35 @@ class _Work:
             name: np.full(len(run), np.nan, np.float32) for name, s in sources.items() if isinstance(s, RunSource)
         }
         self.checks: dict[str, float] = {}
+        self.checked = False
         self.warnings: list[str] = []
         self.row_budget = 65536 if model.device.type == "cuda" else 1024
 
     def key(self) -> dict[str, Any]:
         """What the scores depend on."""
         digest = hashlib.sha256()
-        for part in (self.run, [[str(i) + str(i.index) for i in cell] for cell in self.cells], sorted(self.sources)):
+        for part in (self.run, [[_identity(i) for i in cell] for cell in self.cells], sorted(self.sources)):
             digest.update(repr(part).encode())
         for source in self.sources.values():
             if isinstance(source, RunSource):
                 digest.update(repr((source.tokens, [p.tolist() for p in source.position])).encode())
                 if source.model is not None:
-                    digest.update(str(source.model.provenance.get("fingerprint")).encode())
+                    digest.update(repr(_weights(source.model)).encode())
             elif isinstance(source, NoiseSource):
                 digest.update(repr(source).encode())
             else:
                 for site, value in sorted(source.values.items()):
                     digest.update(repr(site).encode() + value.float().cpu().numpy().tobytes())
         return {
-            "model": self.model.provenance.get("fingerprint"), "backend": self.model.backend, "metric": self.metric.name,
-            "work": digest.hexdigest(), "dtype": str(self.model.dtype), "engine": self.wanted_engine,
+            "model": _weights(self.model), "metric": self.metric.name, "work": digest.hexdigest(),
+            "engine": self.wanted_engine,
         }  # fmt: skip
 
     def do(self, rows: list[int], keeper: ScoreStore, tick: Callable[[int], None]) -> None:
         """One batch of prompts under all cells; smaller pieces when memory runs out."""
+        ticked = 0
         while True:
+            passed = 0
             try:
                 batch = self._prepare(rows)
                 for members in batch.chunks(self.row_budget):
@@ -170,7 +173,10 @@ class _Work:
                         found = batch.run(members).float().cpu().numpy()
                         _refuse_nan(found, [self.cells[i] for i in members], self.model)
                         keeper.write(rows, members, found)
-                    tick(len(rows) * len(members))
+                    passed += len(rows) * len(members)
+                    if passed > ticked:  # not again what was told before memory ran out
+                        tick(passed - ticked)
+                        ticked = passed
                 return
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
@@ -180,7 +186,7 @@ class _Work:
                     half = len(rows) // 2
                     self.do(rows[:half], keeper, lambda _: None)
                     self.do(rows[half:], keeper, lambda _: None)
-                    tick(len(rows) * len(self.cells))
+                    tick(len(rows) * len(self.cells) - ticked)
                     return
 
     def _shrink(self, rows: list[int], error: BaseException) -> None:
@@ -198,7 +204,7 @@ class _Work:
 
     def _prepare(self, rows: list[int]) -> Batch:
         batch = Batch(self.model, self.run, rows, self.cells, self.metric, self.sources, self.engine)
-        if not self.checks:
+        if not self.checked:
             problem = self._check(batch, rows)
             if problem and self.engine == "suffix" and self.wanted_engine == "auto":
                 self.warnings.append(f"suffix engine refused for this model ({problem}); full forward passes were used")
@@ -207,6 +213,7 @@ class _Work:
             if problem:
                 raise SelfCheckFailed(f"the {self.engine} engine does not reproduce the model: {problem}",
                                       hint="engine='full' runs whole forward passes; please report the architecture")  # fmt: skip
+            self.checked = True
         self.baseline[rows] = batch.baseline().float().cpu().numpy()
         for name, found in batch.source_scores().items():
             self.source_scores[name][rows] = found.float().cpu().numpy()
@@ -214,8 +221,10 @@ class _Work:
 
     def _check(self, batch: Batch, rows: list[int]) -> str:
         """Run the self-checks on a first batch; says what is wrong, or nothing."""
-        scale = max(1.0, float(batch.logit_size()))
-        allowed = TOLERANCE.get(self.model.dtype, 1e-4) * scale
+        allowed = TOLERANCE.get(self.model.dtype, 1e-4) * max(1.0, float(batch.score_size()))
+        # A score is a difference of logits that may be far larger, and that are fp32 at best.
+        rounding = max(torch.finfo(self.model.dtype).eps, torch.finfo(torch.float32).eps)
+        allowed += 4 * rounding * float(batch.logit_size())
         if not self.cells:
             return self._note("undisturbed = full forward", batch.full_error(None, rows[0]), allowed)
         pick = int(self.rng.integers(len(self.cells)))
@@ -239,6 +248,7 @@ class _Work:
 def _check_cells(model: Model, run: Run, cells: Sequence[Cell], sources: Mapping[str, Source]) -> None:
     seen: set[tuple[int, str]] = set()
     names: set[str] = set()
+    numbers: set[int] = set()
     for cell in cells:
         for intervention in cell:
             site: Site = intervention.site
@@ -250,7 +260,9 @@ def _check_cells(model: Model, run: Run, cells: Sequence[Cell], sources: Mapping
                 Site(site.layer, site.part, **kind).check(model.shape)
             if intervention.edit.needs_source and intervention.source not in sources:
                 raise ValueError(f"no source named '{intervention.source}'; there are {sorted(sources)}")
-            if isinstance(intervention.positions, str) and intervention.positions not in ("all", "last"):
+            if isinstance(intervention.positions, int):
+                numbers.add(intervention.positions)
+            elif intervention.positions not in ("all", "last"):
                 names.add(intervention.positions)
     if model.decoder is None:
         for part in {part for _, part in seen}:
@@ -263,6 +275,24 @@ def _check_cells(model: Model, run: Run, cells: Sequence[Cell], sources: Mapping
                 f"{len(without)} of {len(run)} prompts have no position named '{name}' ({', '.join(without[:3])})",
                 hint=f"positions here: {', '.join(known)}; others come from the field 'positions' of the pairs",
             )
+    for number in numbers:
+        short = [run.id[i] for i, row in enumerate(run.tokens) if not -len(row) <= number < len(row)]
+        if short:
+            raise BadPrompts(
+                f"{len(short)} of {len(run)} prompts have no position {number} ({', '.join(short[:3])})",
+                hint="count from the end (-1 is the last token), or name positions in the pairs",
+            )
+
+
+def _identity(intervention: Intervention) -> tuple[Any, ...]:
+    edit = intervention.edit
+    source = intervention.source if edit.needs_source else None
+    return str(intervention.site), intervention.index, edit.name, edit.detail, intervention.positions, source
+
+
+def _weights(model: Model) -> list[str]:
+    # The fingerprint is that of the weights before any folding.
+    return [str(model.provenance.get("fingerprint")), str(model.provenance.get("weights")), model.backend, str(model.dtype)]
 
 
 def _batches(run: Run, size: int) -> Iterator[list[int]]:

@@ -186,6 +186,14 @@ def test_survivors_are_full_and_outlined_the_others_faded() -> None:
     assert len(maps(plain)) == 1 and not plain.layout.shapes
 
 
+def test_too_few_groups_fade_nothing_and_say_so() -> None:
+    few = heads().map(lambda data: data.assign_coords(group=("prompt", [f"g{i % 4}" for i in range(PROMPTS)])))
+    figure = plots.heatmap(few)
+    (trace,) = maps(figure)
+    assert trace.opacity is None and not figure.layout.shapes
+    assert "4 groups of prompts are too few" in figure.layout.title.subtitle.text
+
+
 def test_hover_holds_value_interval_tests_and_n() -> None:
     result = heads()
     mean = result.mean("prompt")

@@ -294,6 +294,31 @@ def test_prompts_only_when_asked(tmp_path: Path, page: tuple[str, Page]) -> None
     assert SECRET in text and "<i>x</i>" not in text
 
 
+def test_tokens_of_prompts_only_when_asked(tmp_path: Path) -> None:
+    base = result("causal_tracing").values.rename(head="position")
+    named = base.assign_coords(position=["-4 Explain", "-3 how~", "-2 lock", "last"])
+    traced = Result(named, "causal_tracing", "logits", "", {})
+    run = opened(tmp_path / "run")
+    run.add_result("causal_tracing", traced)
+    text = run.write_report().read_text(encoding="utf-8")
+    assert "lock" not in text and "how~" not in text and "@-3" in text and "@last" in text
+    assert "how~" in str(run.table("causal_tracing")["position"].tolist()), "the table is data and keeps them"
+    run.add_result("causal_tracing", traced, tokens=True)
+    assert "how~" in run.write_report().read_text(encoding="utf-8")
+
+
+def test_random_controls_do_not_fill_the_table(tmp_path: Path) -> None:
+    values = np.full((12, 22), 0.9)
+    values[:, 0] = 0.3
+    kinds = ["found", *["control"] * 21]
+    coords = {"cell": ["L2H1", *(f"control {i:02d}" for i in range(21))], "kind": ("cell", kinds)}
+    data = xr.Dataset({"effect": (("prompt", "cell"), values)}, coords=coords)
+    run = opened(tmp_path / "run")
+    run.add_result("mean_ablation", Result(data, "mean_ablation", "logits", "", {}))
+    text = run.write_report().read_text(encoding="utf-8")
+    assert '<th scope="row">L2H1</th>' in text and '<th scope="row">control' not in text
+
+
 def test_report_without_results_and_with_unfinished_steps(tmp_path: Path) -> None:
     run = opened(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt), run.step("patch"):
