@@ -52,8 +52,15 @@ def axis_of(result: Result, dim: str, tokens: list[str] | None = None) -> Axis:
     names = result.values.coords.get("label")
     if names is not None and names.dims == (dim,):  # layer -1 of a lens is the embedding
         return Axis(dim, values, [show_text(name) for name in names.values.tolist()])
-    show = show_token if dim in ("position", "token") else show_text
-    return Axis(dim, values, [show(str(value)) for value in values])
+    if dim in ("position", "token"):
+        return Axis(dim, values, [_show_place(str(value)) for value in values])
+    return Axis(dim, values, [show_text(value) for value in values])
+
+
+def _show_place(label: str) -> str:
+    """``"-3  park"``: the number of a position, then its token."""
+    number, space, token = label.partition(" ")
+    return f"{number} {show_token(token)}" if space and number.lstrip("-").isdigit() else show_token(label)
 
 
 def averaged(result: Result) -> Result:

@@ -296,15 +296,15 @@ def test_prompts_only_when_asked(tmp_path: Path, page: tuple[str, Page]) -> None
 
 def test_tokens_of_prompts_only_when_asked(tmp_path: Path) -> None:
     base = result("causal_tracing").values.rename(head="position")
-    named = base.assign_coords(position=["-4 Explain", "-3 how~", "-2 lock", "last"])
+    named = base.assign_coords(position=["-4 Explain", "-3 Ġhow2~", "-2 Ġpadlock2", "last"])
     traced = Result(named, "causal_tracing", "logits", "", {})
     run = opened(tmp_path / "run")
     run.add_result("causal_tracing", traced)
     text = run.write_report().read_text(encoding="utf-8")
-    assert "lock" not in text and "how~" not in text and "@-3" in text and "@last" in text
-    assert "how~" in str(run.table("causal_tracing")["position"].tolist()), "the table is data and keeps them"
+    assert "padlock2" not in text and "how2~" not in text and "@-3" in text and "@last" in text
+    assert "how2~" in str(run.table("causal_tracing")["position"].tolist()), "the table is data and keeps them"
     run.add_result("causal_tracing", traced, tokens=True)
-    assert "how~" in run.write_report().read_text(encoding="utf-8")
+    assert "how2~" in run.write_report().read_text(encoding="utf-8")
 
 
 def test_random_controls_do_not_fill_the_table(tmp_path: Path) -> None:
