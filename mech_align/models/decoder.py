@@ -174,11 +174,11 @@ class DecoderLayer:
     def attend_after(
         self,
         q: Float[Tensor, "b c w head d_head"],
-        k: Float[Tensor, "b c w kv d_head"],
-        v: Float[Tensor, "b c w kv d_head"],
+        k: Float[Tensor, "b c n kv d_head"],
+        v: Float[Tensor, "b c n kv d_head"],
         past_k: Float[Tensor, "b j kv d_head"],
         past_v: Float[Tensor, "b j kv d_head"],
-        allowed: Bool[Tensor, "b w j+w"],
+        allowed: Bool[Tensor, "b w j+n"],
     ) -> Float[Tensor, "b c w head d_head"]:
         """Attention of windows to a past that all cells of a prompt share (never copied) and to themselves."""
         b, c, w, heads, _ = q.shape
