@@ -17,7 +17,7 @@ class Command:
     @property
     def verb(self) -> str:
         """The function of the module that does the work."""
-        return "run" if " " not in self.name else self.name.split()[1].replace("-", "_")
+        return "run" if " " not in self.name else f"{self.name.split()[1]}_"
 
     def load_options(self) -> Any:
         """The class of its options."""

@@ -14,14 +14,60 @@ from mech_align.results import Result, site_label
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
 ALPHA = 0.05
 NUMBERS = ("effect", "ci_low", "ci_high", "p", "q", "p_maxt", "n")
+_MISSES = 0.2
 _MOST = 5
 """Claims about single cells in one run."""
 
 
 def strongest(mean: Result, k: int) -> list[dict[str, Any]]:
     """The ``k`` strongest cells of an averaged result as plain rows."""
-    rows = mean.top(k).to_dict("records")
-    return [{"site": row["site"], **{key: _plain(row.get(key)) for key in NUMBERS}} for row in rows]
+    return _rows(mean, mean.top(k))
+
+
+def listed(mean: Result, k: int) -> list[dict[str, Any]]:
+    """What a table of the result shows: the strongest cells; for curves every layer; for ablations no single control."""
+    table = mean.frame()
+    dims = {str(dim) for dim in mean.data.dims}
+    if "kind" in table and "cell" in table:
+        chosen = table[~table["kind"].astype(str).str.startswith("control")]
+        return _rows(mean, chosen.head(3 * k))
+    if dims <= {"layer", "intervention"} and len(table) <= 200:
+        return _rows(mean, table)
+    return strongest(mean, k)
+
+
+def control_line(mean: Result) -> str:
+    """What ablating random sets does, in one line."""
+    table = mean.frame()
+    if "kind" not in table or "cell" not in table:
+        return ""
+    words: list[str] = []
+    for kind, name in (("control", "random sets"), ("control single", "other single heads")):
+        effect = table["effect"][table["kind"].astype(str) == kind]
+        if len(effect):
+            ends = f"[{show_number(effect.min())}, {show_number(effect.max())}]"
+            words.append(f"{len(effect)} {name}: mean {show_number(effect.mean())}, range {ends}")
+    return " · ".join(words)
+
+
+def _rows(mean: Result, table: pd.DataFrame) -> list[dict[str, Any]]:
+    known = {"layer", "head", "neuron", "part", "component", "cell", "position"}
+    others = [str(dim) for dim in mean.data.dims if str(dim) not in known]
+    extra = {"exact": mean.values["exact"].values.ravel()} if _has_exact(mean) else {}
+    dims = [str(dim) for dim in mean.data.dims]
+    order = {tuple(row): i for i, row in enumerate(mean.frame()[dims].itertuples(index=False))} if extra else {}
+    rows: list[dict[str, Any]] = []
+    for row in table.to_dict("records"):
+        site = " · ".join([site_label({str(k): v for k, v in row.items()}), *(str(row[dim]) for dim in others)])
+        plain = {"site": site, **{key: _plain(row.get(key)) for key in NUMBERS}}
+        rows.append(
+            plain | {key: _plain(value[order[tuple(row[dim] for dim in dims)]]) for key, value in extra.items()}
+        )
+    return rows
+
+
+def _has_exact(mean: Result) -> bool:
+    return "exact" in mean.values and mean.values["exact"].dims == mean.data.dims
 
 
 def gap_finding(result: Result, *, unit: str, metric: str) -> dict[str, Any]:
@@ -175,24 +221,41 @@ def _ablated(row: Mapping[str, Any], rank: Mapping[str, Any] | None, mean: Resul
     return _finding(claim, row["effect"], mean.unit, (low, high), row["n"], controls, verdict)
 
 
-def screen_findings(result: Result) -> list[dict[str, Any]]:
-    """How far can the gradient screen be trusted?"""
+def screen_findings(result: Result, mean: Result) -> list[dict[str, Any]]:
+    """What exact patches say about the top of the gradient screen, and how many strong cells it missed."""
     told: Mapping[str, Any] = result.provenance.get("screen") or {}
-    if not told:
-        return []
-    interval = told.get("miss_rate_interval") or told.get("interval")
-    number = told.get("miss_rate")
-    known = number is not None and math.isfinite(float(number)) and interval is not None
+    out = _confirmed(result, mean)
+    interval, number = told.get("miss_rate_interval"), told.get("miss_rate")
     verdict = UNDECIDED
-    if known and math.isfinite(float(interval[1])):
-        verdict = SUPPORTED if interval[1] <= 0.2 else NOT_SUPPORTED if interval[0] > 0.2 else UNDECIDED
-    controls = {
-        key.replace("_", " "): value
-        for key, value in told.items()
-        if isinstance(value, int | float | str) and key != "miss_rate"
-    }
-    return [_finding("The screen misses at most one in five of the large effects (its estimated miss rate)", number,
-                     "share of the large effects", interval, controls.get("sampled"), controls, verdict)]  # fmt: skip
+    if number is not None and interval is not None and None not in interval:
+        verdict = SUPPORTED if interval[1] <= _MISSES else NOT_SUPPORTED if interval[0] > _MISSES else UNDECIDED
+    numbers = {k.replace("_", " "): v for k, v in told.items() if isinstance(v, int | float | str) and k != "miss_rate"}
+    claim = f"The screen misses no more than {_MISSES:.0%} of the large effects (estimated miss rate)"
+    return [
+        *out,
+        _finding(claim, number, "share of the large effects", interval, told.get("sampled"), numbers, verdict),
+    ]
+
+
+def _confirmed(result: Result, mean: Result) -> list[dict[str, Any]]:
+    """The strongest of the cells that were patched exactly because of their score."""
+    if "exact_by_prompt" not in result.values or not _has_exact(mean):
+        return []
+    exact = result.values["exact_by_prompt"]
+    cells = [str(cell) for cell in exact["cell"].values] if "cell" in exact.coords else []
+    groups = result.values["group"].values.astype(str)
+    summary = stats.summarize(exact.values.astype(float), groups)
+    order = np.argsort(-np.abs(np.nan_to_num(summary.mean)), kind="stable")
+    chosen = [i for i in order if summary.p_maxt[i] <= ALPHA][:3] if cells else []
+    return [
+        _finding(
+            f"{cells[i]} carries part of the clean behaviour when patched exactly", summary.mean[i],
+            "fraction of the clean-corrupt gap", (summary.ci_low[i], summary.ci_high[i]), summary.n[i],
+            {"p_maxt over the confirmed": summary.p_maxt[i], "confirmed cells": len(cells)},
+            SUPPORTED if summary.ci_low[i] > 0 or summary.ci_high[i] < 0 else UNDECIDED,
+        )
+        for i in order[: len(chosen)] if i in chosen
+    ]  # fmt: skip
 
 
 def attribution_findings(result: Result, mean: Result) -> list[dict[str, Any]]:
@@ -284,3 +347,84 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def known_answer_findings(
+    results: Mapping[str, Result], means: Mapping[str, Result], *, planted: Sequence[str], found: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Does the search find the heads that were planted, and nothing else?"""
+    places = "first and second" if len(planted) == 2 else f"first to {len(planted)}th"
+    names = f"{' and '.join(planted)}, the planted heads,"
+    out = [
+        _ranked(means["head_patching"], planted, f"{names} rank {places} by patching"),
+        _ranked(
+            means["base_patching"],
+            planted,
+            f"{names} rank {places} by patching in the values of the model before fine-tuning",
+        ),
+        _ranked(means["head_ablation"], planted, f"{names} rank {places} by mean ablation"),
+    ]
+    joint, mean = results["mean_ablation"], means["mean_ablation"]
+    out += [one for one in ablation_findings(joint, mean) if not one["claim"].startswith("A greedy")]
+    return [*out, _random_heads(mean), _greedy_order(mean, planted), _signs(means["logit_attribution"], planted)]
+
+
+def _ranked(mean: Result, planted: Sequence[str], claim: str) -> dict[str, Any]:
+    top = mean.top(len(planted) + 1).to_dict("records")
+    weakest, after = top[len(planted) - 1], top[len(planted)]
+    found = [str(row["site"]) for row in top[: len(planted)]]
+    tested = all(row["p_maxt"] <= ALPHA for row in top[: len(planted)])
+    verdict = NOT_SUPPORTED if set(found) != set(planted) else SUPPORTED if tested else UNDECIDED
+    controls = {
+        "effects": {str(row["site"]): row["effect"] for row in top[: len(planted)]},
+        "strongest other head": f"{after['site']} {show_number(after['effect'])}", "p_maxt": weakest["p_maxt"],
+        "heads": int(mean.data.size),
+    }  # fmt: skip
+    ends = (weakest["ci_low"], weakest["ci_high"])
+    return _finding(claim, weakest["effect"], f"{mean.unit} (the weaker one)", ends, weakest["n"], controls, verdict)
+
+
+def _random_heads(mean: Result) -> dict[str, Any]:
+    table = mean.frame()
+    kind = table["kind"].astype(str)
+    random, joint = table["effect"][kind == "control"], float(table["effect"][kind == "joint"].iloc[0])
+    share = float(np.abs(random).max() / abs(joint))
+    controls = {"random sets": len(random), "largest, as a share of the found ones": share, "found ones": joint}
+    claim = "Random heads of the same layers do nothing by comparison: their mean, and range, lie near zero"
+    n = table["n"][kind == "control"].max()
+    return _finding(
+        claim,
+        random.mean(),
+        mean.unit,
+        (random.min(), random.max()),
+        n,
+        controls,
+        SUPPORTED if share <= 0.1 else NOT_SUPPORTED,
+    )
+
+
+def _greedy_order(mean: Result, planted: Sequence[str]) -> dict[str, Any]:
+    table = mean.frame()
+    last = _row(table, int(np.flatnonzero(table["kind"].astype(str) == "greedy")[-1]))
+    order = str(last["cell"]).split(": ", 1)[-1].split("+")
+    controls = {"order": ", ".join(order)}
+    claim = "A greedy search over all heads, one after the other, takes out the planted ones and no other"
+    verdict = SUPPORTED if set(order) == set(planted) else NOT_SUPPORTED
+    return _finding(claim, last["effect"], mean.unit, (last["ci_low"], last["ci_high"]), last["n"], controls, verdict)
+
+
+def _signs(mean: Result, planted: Sequence[str]) -> dict[str, Any]:
+    table = mean.frame().set_index("component")
+    rows = [table.loc[name].to_dict() for name in planted]
+    worst = max(rows, key=lambda row: row["ci_high"])
+    others = table[(table["kind"].astype(str) == "head") & ~table.index.isin(list(planted))]["effect"]
+    controls = {
+        "direct effects": {name: row["effect"] for name, row in zip(planted, rows, strict=True)},
+        "other heads, range": [others.min(), others.max()],
+    }  # fmt: skip
+    right = all(row["ci_high"] < 0 for row in rows)
+    claim = (
+        f"The planted heads write directly against refusal ({', '.join(planted)}: negative, the sign of a suppressor)"
+    )
+    return _finding(claim, worst["effect"], f"{mean.unit} (the weaker one)", (worst["ci_low"], worst["ci_high"]), worst["n"], controls,
+                    SUPPORTED if right else NOT_SUPPORTED)  # fmt: skip

@@ -6,18 +6,18 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
 
-from mech_align.cli.findings import show_number, strongest
+from mech_align.cli.findings import control_line, listed, show_number, strongest
 from mech_align.cli.options import OnPairs, Running
 from mech_align.cli.screen import Screen, show_span
 from mech_align.errors import BadRun
 from mech_align.metrics import Metric, get_metric
 from mech_align.models import Model, load_model
-from mech_align.prompts import ChatTemplate, TokenPairs, load_pairs
+from mech_align.prompts import ChatTemplate, Pairs, TokenPairs, load_pairs
 from mech_align.results import Result
 from mech_align.runs import Run
 from mech_align.sweeps import Cost, SweepOptions, encode
@@ -154,21 +154,21 @@ class Job:
         })  # fmt: skip
 
     def _table(self, name: str, mean: Result) -> None:
-        rows = strongest(mean, 10)
-        table = Table(title=f"{name} · {mean.unit} · {mean.sign}", title_justify="left", title_style="bold")
+        rows = listed(mean, 10)
+        exact = any(row.get("exact") is not None for row in rows)
+        table = Table()
         table.add_column("site")
-        for title in ("effect", "95% CI", "q", "p_maxt", "n"):
+        for title in ("effect", "95% CI", *(["exact"] if exact else []), "q", "p_maxt", "n"):
             table.add_column(title, justify="right")
         for row in rows:
             interval = f"[{show_number(row['ci_low'])}, {show_number(row['ci_high'])}]"
-            numbers = [
-                show_number(row["effect"]),
-                interval,
-                *(_p(row[key]) for key in ("q", "p_maxt")),
-                str(int(row["n"] or 0)),
-            ]
+            numbers = [show_number(row["effect"]), interval, *([show_number(row["exact"])] if exact else [])]
+            numbers += [*(_p(row[key]) for key in ("q", "p_maxt")), f"{row['n'] or 0:,.0f}"]
             table.add_row(Text(row["site"]), *(Text(text) for text in numbers))
-        self.screen.say(table)
+        title = name.replace("_", " ")
+        self.screen.say(Text.assemble((title, "bold"), f" · effect: {mean.unit} · {mean.sign}"), table)
+        if told := control_line(mean):
+            self.screen.say(told)
 
 
 def open_job(options: OnPairs, screen: Screen, words: Sequence[str], *, metric: str = "logit_difference") -> Job:
@@ -178,14 +178,22 @@ def open_job(options: OnPairs, screen: Screen, words: Sequence[str], *, metric: 
     model = load(options, options.model, adapter=options.adapter)
     if options.chat or options.system is not None:
         pairs = pairs.with_chat(ChatTemplate(system=options.system))
-    tokens = encode(model, pairs, ragged=options.ragged, answers=options.answers)
+    return make_job(options, screen, words, model, pairs, chosen, ragged=options.ragged, answers=options.answers)
+
+
+def make_job(
+    options: Running, screen: Screen, words: Sequence[str], model: Model, pairs: Pairs, metric: Metric, *,
+    ragged: Literal["align", "drop", "error"] = "align", answers: Literal["single", "first-token"] = "single",
+) -> Job:  # fmt: skip
+    """A job on a model and pairs that are loaded already."""
+    tokens = encode(model, pairs, ragged=ragged, answers=answers)
     data = {
         "source": pairs.source,
         "n": len(tokens),
         "groups": len(set(tokens.group)),
         "fingerprint": pairs.fingerprint,
     }
-    return Job(options, screen, words, model, tokens, chosen, data)
+    return Job(options, screen, words, model, tokens, metric, data)
 
 
 def load(options: Running, source: str, *, adapter: str | None = None) -> Model:
