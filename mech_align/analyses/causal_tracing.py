@@ -24,7 +24,7 @@ def causal_tracing(
     pairs: Pairs | TokenPairs,
     *,
     metric: Metric | None = None,
-    parts: Sequence[str] = ("attn_out", "mlp_out", "resid_post"),
+    parts: Sequence[str] | None = None,
     layers: str | Iterable[int] | None = None,
     positions: str = "each",
     window: int = 1,
@@ -43,7 +43,8 @@ def causal_tracing(
                          {m_i(\mathrm{clean}) - m_i(\mathrm{corrupt})}$$
 
     Args:
-        parts: Among ``attn_out``, ``mlp_out``, ``resid_pre``, ``resid_mid``, ``resid_post``.
+        parts: Among ``attn_out``, ``mlp_out``, ``resid_pre``, ``resid_mid``, ``resid_post``; the first two and the last
+            when left out (without ``mlp_out`` in a model that has no MLPs).
         positions: ``"each"`` for a map by position (counted from the end), else one of ``"all"``, ``"last"`` or a name.
         window: Restore so many neighbouring layers together, centred on each layer (10 in Meng et al. for blocks).
         corruption: ``"counterfactual"``: the corrupt prompt. ``"noise"``: the clean prompt with Gaussian noise on the
@@ -65,10 +66,9 @@ def causal_tracing(
     metric = metric or logit_difference()
     tokens = encode(model, pairs)
     rows = parse_layers(layers, model.shape.n_layers)
-    kinds = [part_name(part) for part in parts]
     known = parts_of(model.inner)
-    if "resid_mid" not in known and "resid_mid" in kinds:
-        kinds.remove("resid_mid")
+    usual = [part for part in ("attn_out", "mlp_out", "resid_post") if part in known]
+    kinds = usual if parts is None else [part_name(part) for part in parts]
     axis = position_axis(model, tokens, positions, "noise" if corruption == "noise" else direction)
     cells: list[Cell] = [
         [Intervention(Site(at, kind), patch(), where) for at in _window(layer, window, model.shape.n_layers)]
