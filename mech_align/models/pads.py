@@ -61,5 +61,5 @@ def _left_padded(tokens: Tokens) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _difference(alone: Sequence[Float[Tensor, "t v"]], batch: Float[Tensor, "b t v"]) -> float:
+def _difference(alone: Sequence[Float[Tensor, "_ v"]], batch: Float[Tensor, "b _ v"]) -> float:
     return max(float((batch[i, : len(one)] - one).abs().max()) for i, one in enumerate(alone))
