@@ -68,7 +68,7 @@ _ACCENTS = set("ˆ¯˜ˉ˙→^~")
 
 
 def _to_mathml(tex: str, *, as_block: bool) -> str:
-    """TeX to MathML, with what docutils lacks: `\\Big|`, `\\tfrac12`, and an index on an accented letter (`\\hat e_i`)."""
+    """TeX to MathML, and what docutils lacks: `\\Big|`, `\\tfrac12`, and an index on an accent (`\\hat e_i`)."""
     ET.register_namespace("", _MATHML)
     tex = re.sub(r"\\[Bb]igg?\|", r"\\vert ", tex)
     tex = re.sub(r"frac(\d)(\d)", r"frac{\1}{\2}", tex)
