@@ -53,14 +53,15 @@ def attribution_patching(
     $$\hat e_{i,a} = \frac{1}{m_i(c) - m_i(x)} \sum_t \bigl(a^c_{i,t} - a^x_{i,t}\bigr)^{\top}
       \frac1n \sum_{k=1}^{n} \frac{\partial m_i}{\partial a_t}\Big|_{x_k}$$
 
-    With one step the gradient is that of the corrupt run, $x_1 = x$: one backward pass for all parts. With $n$ steps it is
-    averaged at $\alpha_k = (k - \tfrac12)/n$ along a straight line from corrupt to clean. With ``path="layer"`` the line is
-    that of the layer's own activations, in the corrupt run: a layer's scores then sum to the effect of patching it whole,
-    for as many passes a step as there are layers. With ``path="inputs"`` it is that of the input embeddings: one pass a step,
-    and a gradient of runs that are half clean everywhere, which no single patch makes; it can rank worse than one step.
+    With one step the gradient is that of the corrupt run, $x_1 = x$: one backward pass for all parts. With $n$ steps
+    it is averaged at $\alpha_k = (k - \tfrac12)/n$ along a straight line from corrupt to clean. With ``path="layer"``
+    the line is that of the layer's own activations, in the corrupt run: a layer's scores then sum to the effect of
+    patching it whole, for as many passes a step as there are layers. With ``path="inputs"`` it is that of the input
+    embeddings: one pass a step, and a gradient of runs that are half clean everywhere, which no single patch makes;
+    it often ranks worse than one step.
 
-    **A score is a screen and no effect.** The strongest ``confirm`` parts are patched exactly, and so is a random sample of
-    the rest, which tells how many strong ones the screen missed.
+    **A score is a screen and no effect.** The strongest ``confirm`` parts are patched exactly, and so is a random
+    sample of the rest, which tells how many strong ones the screen missed.
 
     Args:
         metric: One number per prompt; the logit difference when left out.
@@ -68,7 +69,8 @@ def attribution_patching(
         steps: Gradients to average.
         path: What moves from corrupt to clean over the steps, ``"layer"`` or ``"inputs"``.
         layers: Which layers, e.g. ``"62,63"``; all when left out.
-        positions: ``"all"`` together, ``"last"``, or a named position. Those without a partner in the other run count nothing.
+        positions: ``"all"`` together, ``"last"``, or a named position. Those without a partner in the other run count
+            nothing.
         direction: ``"denoise"`` puts clean values into the corrupt run, ``"noise"`` the other way round.
         confirm: How many of the strongest mean scores to patch exactly.
         sample: How many of the others, drawn at random.
@@ -76,10 +78,10 @@ def attribution_patching(
         min_gap: Pairs with a smaller clean-corrupt gap are degenerate: counted, and NaN.
 
     Returns:
-        Result with dims ``(prompt, layer, head)``, ``(prompt, layer)`` or ``(prompt, layer, neuron)``; unit: first-order
-        score in fractions of the clean-corrupt gap. Beside it ``exact``, the mean exact effect (NaN where not measured),
-        ``confirmed`` (``top``, ``sample`` or ``no``), and ``exact_by_prompt`` with dims ``(prompt, cell)``. The estimated
-        miss rate is in ``provenance["screen"]``.
+        Result with dims ``(prompt, layer, head)``, ``(prompt, layer)`` or ``(prompt, layer, neuron)``; unit:
+        first-order score in fractions of the clean-corrupt gap. Beside it ``exact``, the mean exact effect (NaN where
+        not measured), ``confirmed`` (``top``, ``sample`` or ``no``), and ``exact_by_prompt`` with dims
+        ``(prompt, cell)``. The estimated miss rate is in ``provenance["screen"]``.
 
     Raises:
         UndefinedEffect: The metric does not tell any pair apart.
@@ -96,7 +98,8 @@ def attribution_patching(
     numbers = parse_layers(layers, model.shape.n_layers)
     if positions not in ("all", "last"):
         tokens.positions(positions, side="corrupt" if direction == "denoise" else "clean")
-    screen = _Screen(model, tokens, metric, [(layer, PARTS[part]) for layer in numbers], positions, direction, steps, path)
+    keys = [(layer, PARTS[part]) for layer in numbers]
+    screen = _Screen(model, tokens, metric, keys, positions, direction, steps, path)
     each_batch(screen.run, screen.score, batch_size=options.batch_size, batch_tokens=screen.batch_tokens)
     effect, _ = stats.normalise(screen.scores, screen.gap, np.zeros_like(screen.gap), min_gap=min_gap)
     axis = _AXIS.get(PARTS[part])
@@ -120,8 +123,8 @@ def attribution_patching(
         exact_by_prompt=(("prompt", "cell"), exact.effect.astype(np.float32)),
     ).assign_coords(cell=np.array([str(site) for site in sites], dtype=str))
     settings = {
-        **exact.provenance["settings"], "part": part, "steps": steps, "path": path, "layers": numbers, "positions": positions,
-        "confirm": confirm, "sample": sample,
+        **exact.provenance["settings"], "part": part, "steps": steps, "path": path, "layers": numbers,
+        "positions": positions, "confirm": confirm, "sample": sample,
     }  # fmt: skip
     report = _report(flat, mean, top, drawn, threshold)
     provenance = {**exact.provenance, "settings": settings, "screen": report}
@@ -161,7 +164,8 @@ class _Screen:
         values = 4 * self.scores.shape[2] * (shape.d_head if self.keys[0][1] == "z" else 1)
         readout = 3 * shape.d_vocab // longest
         each = self.model.dtype.itemsize * shape.n_layers * (layer + values) + 4 * readout
-        return int(min(16384 if self.model.device.type == "cuda" else 2048, available_bytes(self.model.device) // 3 // each))
+        most = 16384 if self.model.device.type == "cuda" else 2048
+        return int(min(most, available_bytes(self.model.device) // 3 // each))
 
     def score(self, rows: list[int]) -> None:
         """One batch of prompts."""
@@ -300,7 +304,8 @@ def _report(
     for name, cells in (("top", top), ("sample", drawn), ("both", np.concatenate([top, drawn]))):
         report[f"spearman_{name}"] = _spearman(mean[cells], exact[cells])
     if size > 0 and len(top) == len(exact):
-        report |= {"found": int((np.abs(found) >= size).sum()), "missed": 0.0, "miss_rate": 0.0, "miss_rate_interval": [0.0, 0.0]}
+        nothing = {"missed": 0.0, "miss_rate": 0.0, "miss_rate_interval": [0.0, 0.0]}
+        report |= {"found": int((np.abs(found) >= size).sum()), **nothing}
     elif size > 0 and len(both):
         missed = stats.miss_rate(found, sampled, len(exact) - len(top), threshold=size)
         report |= {
@@ -316,7 +321,7 @@ def _report(
 def _spearman(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float | None:
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    return _number(float(spearmanr(a, b).statistic))
+    return _number(float(spearmanr(a, b)[0]))
 
 
 def _number(value: float) -> float | None:

@@ -36,8 +36,8 @@ def logit_attribution(
 ) -> Result:
     r"""Which heads, MLPs, embeddings and biases write the answer straight into the logits?
 
-    The last residual stream is a sum of parts, $r = \sum_j w_j$. With the final norm's scale held at its value in the run
-    the metric is linear in them:
+    The last residual stream is a sum of parts, $r = \sum_j w_j$. With the final norm's scale held at its value in the
+    run the metric is linear in them:
 
     $$m = b + \sum_j \frac{\gamma \odot (w_j - \bar w_j)}{\sigma(r)} \cdot u, \qquad
       u = \frac1{|A|}\sum_{a \in A} W_U[:,a] - \frac1{|W|}\sum_{v \in W} W_U[:,v]$$
@@ -51,9 +51,9 @@ def logit_attribution(
         split_mlp_bias: Show the bias of each MLP's output projection as a part of its own.
 
     Returns:
-        Result with dims ``(prompt, component)``, coordinates ``layer`` (-1 for embeddings, the number of layers for what
-        comes last) and ``kind`` (head, mlp, bias, embed); unit of the metric. Beside it, for each prompt, the metric itself
-        (``clean`` or ``corrupt``) and ``residual``, what the parts leave over.
+        Result with dims ``(prompt, component)``, coordinates ``layer`` (-1 for embeddings, the number of layers for
+        what comes last) and ``kind`` (head, mlp, bias, embed); unit of the metric. Beside it, for each prompt, the
+        metric itself (``clean`` or ``corrupt``) and ``residual``, what the parts leave over.
 
     Raises:
         MechAlignError: The metric is not linear in the logits.
@@ -61,7 +61,8 @@ def logit_attribution(
         SelfCheckFailed: The parts do not sum to the metric.
 
     Reference:
-        Elhage et al. 2021, A Mathematical Framework for Transformer Circuits; Wang et al. 2022, arXiv:2211.00593, section 3.
+        Elhage et al. 2021, A Mathematical Framework for Transformer Circuits; Wang et al. 2022,
+        arXiv:2211.00593, section 3.
     """
     metric = metric or logit_difference()
     if not metric.linear:
@@ -95,7 +96,8 @@ def logit_attribution(
         {"effect": (("prompt", "component"), effect.astype(np.float32)), run: ("prompt", total.astype(np.float32)),
          "residual": ("prompt", residual.astype(np.float32))},
         coords={
-            "prompt": np.arange(len(rows)), **prompt_coords(tokens), "component": np.array([part.label for part in parts]),
+            "prompt": np.arange(len(rows)), **prompt_coords(tokens),
+            "component": np.array([part.label for part in parts]),
             "layer": ("component", np.array([part.layer for part in parts])),
             "kind": ("component", np.array([part.kind for part in parts])),
         },
@@ -112,7 +114,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Found:
-    """Of one batch: the parts, what they should sum to, the scale of rounding, and the decoder's error where logits are squashed."""
+    """Of one batch: the parts, their sum as it should be, the scale of rounding, the error of squashed logits."""
 
     parts: Float[np.ndarray, "b component"]
     total: Float[np.ndarray, " b"]
@@ -148,9 +150,7 @@ def _parts(decoder: Decoder, split_mlp_bias: bool) -> list[_Part]:
     return parts
 
 
-def _attribute(
-    model: Model, decoder: Decoder, run: Run, rows: list[int], metric: Metric, labels: list[str]
-) -> _Found:
+def _attribute(model: Model, decoder: Decoder, run: Run, rows: list[int], metric: Metric, labels: list[str]) -> _Found:
     """What each part of one batch writes along the metric's direction."""
     tokens = Tokens.from_lists([run.tokens[row] for row in rows], model.device)
     top = (len(decoder.layers) - 1, "resid_post")
@@ -189,7 +189,7 @@ def _measure(readout: Readout, logits: Float[Tensor, "b token"]) -> Float[Tensor
 
 
 def _weights(metric: Metric, readout: Readout, dtype: torch.dtype) -> Float[Tensor, "b token"]:
-    """The weight of each token's logit in the metric: its gradient, which for a linear metric is the same everywhere."""
+    """The weight of each token's logit in the metric: its gradient, the same everywhere for a linear metric."""
     with torch.inference_mode(False), torch.enable_grad():
         logits = torch.zeros(readout.answer.shape, dtype=dtype, device=readout.answer.device, requires_grad=True)
         score = metric.measure(logits, readout.answer.clone(), readout.wrong.clone())
@@ -199,7 +199,7 @@ def _weights(metric: Metric, readout: Readout, dtype: torch.dtype) -> Float[Tens
 def _through(
     norm: Norm, x: Float[Tensor, "b d"], direction: Float[Tensor, "b d"]
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, " b"]]:
-    """A direction after a norm as one before it, with the norm's scale held at what ``x`` gives; and what its bias adds."""
+    """A direction after a norm as one before it, the scale held at what ``x`` gives; and what the norm's bias adds."""
     bias = torch.zeros(()).to(direction) if norm.bias is None else norm.bias.to(direction)
     constant = (direction * bias).sum(-1)
     if norm.kind == "none":
@@ -272,5 +272,6 @@ def _check(
             hint=["use dtype float32", "please report the architecture"],
         )
     if share > allowed:
-        return [f"rounding in {str(model.dtype).removeprefix('torch.')} leaves {share:.2g} of the parts unexplained"], checks
+        name = str(model.dtype).removeprefix("torch.")
+        return [f"rounding in {name} leaves {share:.2g} of the parts unexplained"], checks
     return [], checks

@@ -131,7 +131,7 @@ class _Lens:
                     self.engine, self.checks = "hooks", {}
                     return self.read(rows)
                 if problem:
-                    raise SelfCheckFailed(f"after the last layer the lens is not the model: {problem}", hint="please report")
+                    raise SelfCheckFailed(f"the top of the lens is not the model: {problem}", hint="please report it")
             for into, value in zip((self.effect, self.rank, self.probability), found, strict=True):
                 into[rows, number] = value.float().cpu().numpy()
             self.output[rows, number] = output.float().cpu().numpy()
@@ -178,7 +178,8 @@ def _measure(readout: Readout, logits: Float[Tensor, "b layer vocab"]) -> tuple[
     b, n, _ = logits.shape
     picked = logits if readout.tokens is None else logits[..., readout.tokens.to(logits.device)]
     answer, wrong = (m.to(logits.device)[:, None].expand(b, n, -1) for m in (readout.answer, readout.wrong))
-    effect = readout.metric.measure(picked.flatten(0, 1), answer.flatten(0, 1), wrong.flatten(0, 1)).unflatten(0, (b, n))
+    flat = (value.flatten(0, 1) for value in (picked, answer, wrong))
+    effect = readout.metric.measure(*flat).unflatten(0, (b, n))
     best = picked.masked_fill(~answer, -torch.inf).amax(-1)
     rank = 1 + (logits > best[..., None]).sum(-1)
     return effect, rank, (best - logits.logsumexp(-1)).exp()
@@ -224,5 +225,6 @@ def _sources(
         given["source"] = RunSource.clean(pairs) if run == "corrupt" else RunSource.corrupt(pairs)
     missing = sorted(wanted - given.keys())
     if missing:
-        raise MechAlignError(f"no source named '{missing[0]}' for an edit", hint=f"sources: {', '.join(given) or 'none given'}")
+        known = ", ".join(given) or "none given"
+        raise MechAlignError(f"no source named '{missing[0]}' for an edit", hint=f"sources: {known}")
     return {name: given[name] for name in sorted(wanted)}

@@ -13,7 +13,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 
 from mech_align import stats
-from mech_align.errors import BadAnswer, UndefinedEffect
+from mech_align.errors import BadAnswer, BadPrompts, UndefinedEffect
 from mech_align.metrics import Metric
 from mech_align.models import Model
 from mech_align.prompts import Pairs, TokenPairs
@@ -101,8 +101,10 @@ def encode(
         BadPrompts, BadAnswer: See ``Pairs.encode``; also when the model would write an answer with another leading space.
     """
     if isinstance(pairs, TokenPairs):
+        _check_vocabulary(model, pairs)
         return pairs
     tokens = pairs.encode(model.tokenizer, n_ctx=model.shape.n_ctx, ragged=ragged, answers=answers)
+    _check_vocabulary(model, tokens)
     if model.tokenizer is not None and pairs.clean is not None:
         _check_leading_space(model, tokens)
     return tokens
@@ -211,6 +213,19 @@ def _flat(
             "check 'answer' and 'wrong'; for a metric in small units set min_gap",
         ],
     )
+
+
+def _check_vocabulary(model: Model, pairs: TokenPairs) -> None:
+    """Refuse token ids that the model does not have, before they become an index error deep inside."""
+    size = model.shape.d_vocab
+    for what in ("clean", "corrupt", "answer", "wrong"):
+        for pair, row in zip(pairs.id, getattr(pairs, what), strict=True):
+            outside = [token for token in row if not 0 <= token < size]
+            if outside:
+                raise (BadAnswer if what in ("answer", "wrong") else BadPrompts)(
+                    f"{what} of pair {pair} has the token id {outside[0]}", why=f"{model.name} has {size} tokens, from 0",
+                    hint="the ids must come from this model's own tokenizer",
+                )  # fmt: skip
 
 
 def _check_leading_space(model: Model, pairs: TokenPairs, n: int = 8) -> None:

@@ -4,6 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import save_tiny
+
 from mech_align import metrics
 from mech_align.analyses.attribution_patching import PARTS, attribution_patching
 from mech_align.errors import BadPrompts, MechAlignError, UndefinedEffect, UnknownSite
@@ -13,7 +15,6 @@ from mech_align.models.names import hooks_in_place
 from mech_align.prompts import Pairs
 from mech_align.sites import Site
 from mech_align.sweeps import SweepOptions, patch_effects
-from tiny import save_tiny
 
 CLEAN = [[5, 9, 30, 41, 8], [7, 61, 22, 13, 40, 55, 21, 90], [3, 4, 77], [12, 88, 45, 6, 71, 33], [12, 88, 45, 6]]
 CORRUPT = [[5, 9, 31, 42, 8], [7, 60, 22, 13, 40, 55, 21, 90], [3, 5, 77], [12, 70, 71, 45, 6, 71, 33], [14, 45, 6]]
@@ -141,7 +142,8 @@ def test_confirmation_is_exact_patching_of_the_top_and_of_a_sample(load: Load, b
     assert score[kind == "top"].min() >= score[kind != "top"].max()
     sites = [str(site) for site in found.values["cell"].values]
     cells = [[Intervention(Site.parse(site), patch())] for site in sites]
-    by_hand = patch_effects(model, TOKENS, cells, metric=metrics.logit_difference(), options=SweepOptions(engine="full"))
+    full = SweepOptions(engine="full")
+    by_hand = patch_effects(model, TOKENS, cells, metric=metrics.logit_difference(), options=full)
     np.testing.assert_allclose(found.values["exact_by_prompt"], by_hand.effect, atol=1e-4)
     for number, site in enumerate(map(Site.parse, sites)):
         assert exact[site.layer, site.head] == pytest.approx(np.nanmean(by_hand.effect[:, number]), abs=1e-4)

@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import save_tiny
+
 from mech_align import metrics
 from mech_align.analyses.logit_attribution import logit_attribution
-from mech_align.errors import MechAlignError, SelfCheckFailed, UnsupportedModel
+from mech_align.errors import BadAnswer, BadPrompts, MechAlignError, SelfCheckFailed, UnsupportedModel
 from mech_align.models import Model, load_model
 from mech_align.models.names import hooks_in_place
 from mech_align.prompts import Pairs
-from tiny import save_tiny
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox", "gemma2", "gemma3")
 CLEAN = [[5, 9, 30, 41, 8], [7, 61, 22, 13, 40, 55, 21, 90], [3, 4, 77], [12, 88, 45, 6, 71, 33]]
@@ -168,3 +169,10 @@ def test_a_wrong_reading_of_the_weights_is_noticed(tmp_path: Any) -> None:
     model.decoder = replace(decoder, embedding_scale=1.3)  # type: ignore[misc]
     with pytest.raises(SelfCheckFailed, match="do not sum"):
         logit_attribution(model, PAIRS)
+
+
+def test_token_ids_of_another_vocabulary_are_refused(load: Load) -> None:
+    with pytest.raises(BadAnswer, match="token id 500"):
+        logit_attribution(load("gpt2"), Pairs.from_tokens(CLEAN, CORRUPT, ANSWER, [[500], [10], [11], [12]]))
+    with pytest.raises(BadPrompts, match="token id 97"):
+        logit_attribution(load("gpt2"), Pairs.from_tokens([[3, 97]], [[3, 4]], [[5]], [[6]]))

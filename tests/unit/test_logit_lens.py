@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import save_tiny
+
 from mech_align import metrics
 from mech_align.analyses.logit_lens import logit_lens
 from mech_align.errors import BadPrompts, MechAlignError, UnknownSite
@@ -14,7 +16,6 @@ from mech_align.models.names import hooks_in_place
 from mech_align.prompts import Pairs
 from mech_align.sites import Site
 from mech_align.sweeps import MeanSource
-from tiny import save_tiny
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "gemma3", "olmo2")
 CLEAN = [[5, 9, 30, 41, 8], [7, 61, 22, 13, 40, 55, 21, 90], [3, 4, 77], [12, 88, 45, 6, 71, 33]]
@@ -109,7 +110,10 @@ def test_interventions_act_from_their_layer_on(load: Load, family: str, backend:
         PAIRS,
         interventions={
             "head": [Intervention(Site(1, "z", head=2), zero())],
-            "both": [Intervention(Site(0, "resid_post"), project_out(vector)), Intervention(Site(2, "mlp_out"), add(vector))],
+            "both": [
+                Intervention(Site(0, "resid_post"), project_out(vector)),
+                Intervention(Site(2, "mlp_out"), add(vector)),
+            ],
         },
     )
     assert found.data.dims == ("prompt", "intervention", "layer")
@@ -164,9 +168,7 @@ def test_metrics_of_the_whole_vocabulary_and_batches(load: Load) -> None:
     logits = model.logits(CLEAN)
     expected = [float(row.softmax(-1)[a].sum()) for row, a in zip(logits, ANSWER, strict=True)]
     np.testing.assert_allclose(found.data[:, -1], expected, atol=1e-5)
-    np.testing.assert_allclose(
-        found.data, logit_lens(model, PAIRS, metric=metrics.probability()).data, atol=1e-5
-    )
+    np.testing.assert_allclose(found.data, logit_lens(model, PAIRS, metric=metrics.probability()).data, atol=1e-5)
 
 
 def test_half_precision(load: Load) -> None:
