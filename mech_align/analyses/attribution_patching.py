@@ -321,7 +321,8 @@ def _report(
 def _spearman(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float | None:
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    return _number(float(spearmanr(a, b)[0]))
+    found: Any = spearmanr(a, b)
+    return _number(float(found[0]))
 
 
 def _number(value: float) -> float | None:
