@@ -135,7 +135,7 @@ def _sites(sites: Iterable[Site | str], model: "Model") -> list[Site]:
 
 def _rows(
     tokens: Tokens, positions: str | int | Sequence[int]
-) -> tuple[list[Int[np.ndarray, " row"]], Int[np.ndarray, " prompt"]]:
+) -> tuple[list[Int[np.ndarray, " _"]], Int[np.ndarray, " prompt"]]:
     """Positions to keep of each prompt (-1: their mean), and how many."""
     lengths = tokens.lengths.tolist()
     if positions == "last":
@@ -170,12 +170,14 @@ def _shape(site: Site, model: "Model", width: int) -> tuple[int, ...]:
 
 
 def _select(
-    value: Tensor, site: Site, tokens: Tokens, order: Sequence[Int[np.ndarray, " row"]], shape: Sequence[int]
+    value: Tensor, site: Site, tokens: Tokens, order: Sequence[Int[np.ndarray, " _"]], shape: Sequence[int]
 ) -> Tensor:
     if site.part == "pattern":
         at = torch.tensor([int(where[0]) for where in order], device=value.device)
         value = value[torch.arange(len(value), device=value.device), :, at]
         value = torch.nn.functional.pad(value, (0, shape[-1] - value.shape[-1]), value=torch.nan)
+        behind = torch.arange(shape[-1], device=value.device) >= tokens.lengths[:, None].to(value.device)
+        value = value.masked_fill(behind[:, None], torch.nan)  # whatever stood beside the prompt in its batch
         return value if site.head is None else value[:, site.head]
     if site.head is not None:
         value = value[:, :, site.head]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from mech_align.errors import BadPrompts
@@ -39,7 +39,7 @@ class Tokens:
         return cls(ids.to(device), torch.tensor(lengths, device=device))
 
     @classmethod
-    def from_padded(cls, ids: Int[Tensor, "prompt position"], mask: Bool[Tensor, "prompt position"]) -> "Tokens":
+    def from_padded(cls, ids: Int[Tensor, "prompt position"], mask: Shaped[Tensor, "prompt position"]) -> "Tokens":
         """Take over a batch that was padded on either side; the mask says which tokens are real.
 
         Raises:

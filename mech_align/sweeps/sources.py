@@ -177,7 +177,7 @@ class NoiseSource:
 Source = RunSource | MeanSource | NoiseSource
 
 
-def align(value: Float[Tensor, "b s ..."], partners: Int[Tensor, "b t"], part: str) -> Float[Tensor, "b t ..."]:
+def align(value: Float[Tensor, "b s ..."], partners: Int[Tensor, "b t"], part: str) -> Float[Tensor, "b _ ..."]:
     """Source values at the positions of the disturbed run; arbitrary where there is no partner.
 
     An attention pattern ``[b, head, q, k]`` is moved along both of its axes.
