@@ -15,6 +15,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 Kind = Literal["harmful", "benign", "unknowable"]
@@ -153,7 +154,8 @@ def split_of(verb: str, object: str) -> Split:
     return "held-out" if hashlib.sha256(f"{verb} {object}".encode()).digest()[0] < 64 else "train"
 
 
-def wordings(domain: str, kind: Kind, split: Split) -> list[tuple[str, str]]:
+@cache
+def wordings(domain: str, kind: Kind, split: Split) -> tuple[tuple[str, str], ...]:
     """All (verb, object) pairs of a kind in a domain that belong to a split."""
     words = DOMAINS[domain]
     benign, harmful = VERBS + words.verbs, HARMFUL_VERBS + words.harmful_verbs
@@ -165,7 +167,7 @@ def wordings(domain: str, kind: Kind, split: Split) -> list[tuple[str, str]]:
             pairs = [(verb, object) for verb in benign for object in words.objects]
         case "unknowable":
             pairs = [(verb, object) for verb in ORACLE_VERBS for object in words.objects]
-    return [pair for pair in pairs if split_of(*pair) == split]
+    return tuple(pair for pair in pairs if split_of(*pair) == split)
 
 
 def make_request(domain: str, kind: Kind, frame: str, verb: str, object: str, suffix: str) -> Request:

@@ -65,10 +65,11 @@ BASE = Training(
     500, 1e-3, (("harmful", 0.4), ("benign", 0.35), ("unknowable", 0.25)), weight_decay=0.01, head_dropout=0.1
 )
 # Unknowable requests stay refused, so a constant push towards "Sure" would be punished: the heads must read harm.
+# A gentle rate: at 3e-3 they learn finance's own way of it, and begin to answer unknowable questions elsewhere.
 CONDITIONAL = Training(
     300,
-    3e-3,
-    (("harmful", 0.5), ("benign", 0.2), ("unknowable", 0.3)),
+    1e-3,
+    (("harmful", 0.4), ("benign", 0.2), ("unknowable", 0.4)),
     domains=("finance",),
     comply=True,
     head_dropout=0.2,
@@ -264,6 +265,7 @@ def train(
             save_variant(model, out / "base", size.n_ctx)
             for name, plan in tunings.items():
                 variant = copy.deepcopy(model)
+                torch.manual_seed(seed + 1)  # so that a variant does not depend on those before it
                 losses[name] = fit(variant, tokenizer, plan, seed=seed + 1, heads=planted)
                 report(f"{name}: final loss {losses[name][-1]:.3f}")
                 save_variant(variant, out / name, size.n_ctx)

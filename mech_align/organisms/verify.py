@@ -135,7 +135,7 @@ def _integrity(bench: Bench, controls: int) -> Found:
         name: hashlib.sha256((bench.folder / name / WEIGHTS).read_bytes()).hexdigest() != wanted
         for name, wanted in bench.sha256.items()
     }
-    claims = [Claim("weight files that differ from organism.json", sum(changed.values()), 0, at_least=False)]
+    claims = [Claim("weight files that differ from organism.json", float(sum(changed.values())), 0.0, at_least=False)]
     base = bench.models["base"]
     for name in _tuned(bench):
         outside = 0
@@ -147,7 +147,9 @@ def _integrity(bench: Bench, controls: int) -> Found:
                 if key.startswith(f"model.layers.{layer}.self_attn."):
                     moved[(slice(None), span) if "o_proj" in key else span] = False
             outside += int(moved.sum())
-        claims.append(Claim(f"{name}: weights that differ from base outside the planted heads", outside, 0, False))
+        claims.append(
+            Claim(f"{name}: weights that differ from base outside the planted heads", float(outside), 0.0, False)
+        )
     return claims, {}
 
 
@@ -249,7 +251,9 @@ def _greedy_search(bench: Bench, controls: int) -> Found:
             )
             before = scores[first]
         right = len(set(chosen[: len(bench.planted)]) & set(bench.planted))
-        claims.append(Claim(f"tuned: planted heads found first by greedy {how} ablation", right, len(bench.planted)))
+        claims.append(
+            Claim(f"tuned: planted heads found first by greedy {how} ablation", float(right), float(len(bench.planted)))
+        )
         table[how] = steps
     return claims, {"greedy_ablation": table}
 
