@@ -139,7 +139,7 @@ def load_activations(folder: str | Path) -> Activations:
         rows = np.load(path / "rows.npy", allow_pickle=False)
     except (OSError, ValueError) as problem:
         raise BadRun(f"no finished activations in {path}", why=str(problem), hint="run the capture again") from problem
-    arrays = {site: np.load(path / f"{site}.npy", mmap_mode="r", allow_pickle=False) for site in _sites(head)}
+    arrays = {site: np.load(path / f"{site}.npy", mmap_mode="c", allow_pickle=False) for site in _sites(head)}
     return Activations(arrays, head["dtype"], rows[0], rows[1], head["key"])
 
 

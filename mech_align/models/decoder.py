@@ -152,7 +152,7 @@ class DecoderLayer:
         v: Float[Tensor, "b c j kv d_head"],
         allowed: Bool[Tensor, "b w j"] | None,
         edit_pattern: Callable[[Tensor], Tensor] | None = None,
-    ) -> Float[Tensor, "b c w head d_head"]:
+    ) -> Float[Tensor, "b _ w head d_head"]:
         """Attention of windows to keys; ``allowed`` None means plain causal over equal windows."""
         b, c, w = q.shape[:3]
         if allowed is None and self.softcap is None and self.window is None and edit_pattern is None:

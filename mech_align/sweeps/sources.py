@@ -188,7 +188,8 @@ def align(value: Float[Tensor, "b s ..."], partners: Int[Tensor, "b t"], part: s
         heads = torch.arange(value.shape[1], device=value.device)[None, :, None, None]
         index = partners.clamp_min(0)
         moved = value[rows, heads, index[:, None, :, None], index[:, None, None, :]]
-        return moved * (partners >= 0)[:, None, None, :]
+        # Named positions may cross the order of the tokens; no query looks ahead all the same.
+        return (moved * (partners >= 0)[:, None, None, :]).tril()
     identity = partners.shape[1] == value.shape[1] and bool(
         (partners == torch.arange(partners.shape[1], device=partners.device)).logical_or(partners < 0).all()
     )
