@@ -187,7 +187,7 @@ def test_replaced_sets_one_head_only(models: dict[str, Any], tokenizer: Any) -> 
 
 
 def test_verify_passes_on_a_small_sample() -> None:
-    report = verify(per_cell=2, controls=4)
+    report = verify(per_cell=4, controls=4)
     assert report["passed"], [claim for claim in report["claims"] if not claim["passed"]]
     assert json.loads(json.dumps(report)) == report
     first = report["measured"]["greedy_ablation"]["mean"][0]
