@@ -65,24 +65,14 @@ def _words(panel: str) -> tuple[str, list[str]]:
     """What the parser's panel says, and what it proposes."""
     lines = [re.sub(r"[│╭╮╰╯─]+|-{5,}", "", line).strip() for line in panel.splitlines()]
     lines = [re.sub(r" *\[type=.*|^input_value=.*|^input_type=.*", "", line) for line in lines]
-    skip = (
-        "For full helptext",
-        "For further information",
-        "https://errors.pydantic.dev",
-        "Value error",
-        "Error parsing",
-    )
-    kept = [line for line in lines if line and not line.startswith(skip)]
-    if (
-        len(kept) > 1
-        and not kept[0].endswith((".", ":"))
-        and kept[0].split()[0] in ("Unrecognized", "Invalid", "Parsing")
-    ):
-        kept = kept[1:]  # the title says the same
+    ends = (i for i, line in enumerate(lines) if line.startswith(("For full helptext", "Argument helptext")))
+    lines = lines[: next(ends, len(lines))]  # what follows repeats the help
+    titles = r"(Unrecognized|Invalid|Parsing|Required|Missing|Value)( \w+)?"
+    frame = r"For further information|https://errors\.pydantic|Error parsing [A-Z]"
+    kept = [line for line in lines if line and not re.match(frame, line) and not re.fullmatch(titles, line)]
     at = next((i for i, line in enumerate(kept) if line.startswith("Perhaps you meant")), len(kept))
     near = [line for line in kept[at + 1 :] if line.startswith("-")]
-    what = " ".join(line for line in kept[:at])
-    return what or "the options cannot be read", [f"did you mean {line}?" for line in near]
+    return " ".join(kept[:at]) or "the options cannot be read", [f"did you mean {line}?" for line in near]
 
 
 @contextlib.contextmanager

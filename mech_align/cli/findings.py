@@ -130,7 +130,7 @@ def _held_out(result: Result, seed: int) -> dict[int, stats.HalfConfirmation]:
 
 
 def _cell(
-    row: Mapping[str, Any], half: stats.HalfConfirmation | None, mean: Result, what: str, noise: float, n_groups: int, floor: float
+    row: Mapping[str, Any], half: stats.HalfConfirmation | None, mean: Result, what: str, noise: int | float, n_groups: int, floor: int | float
 ) -> dict[str, Any]:  # fmt: skip
     effect, low, high = float(row["effect"]), float(row["ci_low"]), float(row["ci_high"])
     controls: dict[str, Any] = {

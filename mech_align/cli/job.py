@@ -14,7 +14,7 @@ from rich.text import Text
 from mech_align.cli.findings import control_line, listed, show_number, strongest
 from mech_align.cli.options import OnPairs, Running
 from mech_align.cli.screen import Screen, show_span
-from mech_align.errors import BadRun
+from mech_align.errors import BadRun, MechAlignError, OutOfMemory
 from mech_align.metrics import Metric, get_metric
 from mech_align.models import Model, load_model
 from mech_align.prompts import ChatTemplate, Pairs, TokenPairs, load_pairs
@@ -83,12 +83,22 @@ class Job:
 
     def compute(self, run: Run, step: Step) -> Result:
         """The step's result: from the folder when it was finished before, else computed, taking up what a kill left."""
-        kept = run.path / "results" / step.name
         if run.is_done(step.name):
             try:
                 return run.result(step.name)
             except BadRun:
                 self.screen.note(f"{step.name} was finished, but cannot be read; it is repeated")
+        try:
+            result = self._run_step(run, step)
+        except OutOfMemory:
+            raise  # what is done is kept: the same command goes on
+        except MechAlignError:
+            _abandon(run)
+            raise
+        self.screen.close_bar()
+        return result
+
+    def _run_step(self, run: Run, step: Step) -> Result:
         with run.step(step.name):
             options = replace(
                 self.sweep_options, store=run.partial_dir(step.name), progress=self.screen.progress(step.name)
@@ -100,8 +110,7 @@ class Job:
                 shutil.rmtree(run.partial_dir(step.name))
                 run.add_warning(f"unfinished work of {step.name} did not fit any more and was done again")
                 result = step.compute(replace(options, store=run.partial_dir(step.name)))
-            result.save(kept)
-        self.screen.close_bar()
+            result.save(run.path / "results" / step.name)
         return result
 
     def dry_run(self, steps: Sequence[Step]) -> None:
@@ -204,6 +213,16 @@ def load(options: Running, source: str, *, adapter: str | None = None) -> Model:
     )  # fmt: skip
 
 
+def _abandon(run: Run) -> None:
+    """Take away a folder in which nothing was finished, so that the corrected command may use it."""
+    if any(run.is_done(name) for name in run.manifest["steps"]):
+        return
+    shutil.rmtree(run.path / "partial", ignore_errors=True)
+    if [path.name for path in run.path.iterdir()] == ["manifest.json"]:
+        (run.path / "manifest.json").unlink()
+        run.path.rmdir()
+
+
 def model_identity(model: Model | None) -> dict[str, Any] | None:
     """A model in a plan."""
     return None if model is None else _model_facts(model)
@@ -229,7 +248,7 @@ def _cost_row(cost: Cost) -> list[str]:
     ]  # fmt: skip
 
 
-def _bytes(size: float) -> str:
+def _bytes(size: int | float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if size < 1000 or unit == "GB":
             return f"{size:.0f} {unit}" if unit in ("B", "KB") else f"{size:.1f} {unit}"

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.panel import Panel
@@ -25,9 +25,8 @@ class Screen:
         stdout: Left out, the stream of the process at this moment.
     """
 
-    def __init__(self, *, as_json: bool = False, stdout: TextIO | None = None) -> None:
+    def __init__(self, *, as_json: bool = False, stdout: Any = None) -> None:
         self.as_json = as_json
-        self.document: dict[str, Any] | None = None
         self._stdout = stdout or sys.stdout
         self._out, self._err = _console(self._stdout), _console(sys.stderr)
         self._bar: Any = None
@@ -126,12 +125,12 @@ def finite(value: Any) -> Any:
     return str(value)
 
 
-def _console(stream: TextIO) -> Console:
+def _console(stream: Any) -> Console:
     probe = Console(file=stream)
     return probe if probe.is_terminal else Console(file=stream, width=_WIDE, highlight=False, soft_wrap=False)
 
 
-def _span(seconds: float) -> str:
+def _span(seconds: int | float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

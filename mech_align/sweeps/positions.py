@@ -27,7 +27,7 @@ class PositionAxis:
     coords: dict[str, Any]
     missing: np.ndarray[Any, Any] | None = None
 
-    def shape(self, effect: Float[np.ndarray, "prompt *cell position"]) -> Float[np.ndarray, "prompt *cell"]:
+    def shape(self, effect: Float[np.ndarray, "prompt *cell position"]) -> Float[np.ndarray, "prompt *kept"]:
         """Drop the axis when it has one slot; make slots that a prompt does not have unmeasured."""
         if self.missing is None:
             return effect[..., 0]
