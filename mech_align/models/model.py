@@ -65,7 +65,9 @@ class Model:
 
     @cached_property
     def embedding_deviation(self) -> float:
-        """Standard deviation of the token embeddings; the unit of noise in causal tracing."""
+        """Standard deviation of the token embeddings as they enter the stream; the unit of noise in causal tracing."""
+        if self.decoder is not None:  # Gemma on the bridge scales them on the way
+            return float(self.decoder.embedding.float().std()) * self.decoder.embedding_scale
         return float(self.inner.W_E.detach().float().std())
 
     def encode(self, prompts: Prompts) -> Tokens:
