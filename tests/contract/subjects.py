@@ -4,6 +4,7 @@ import atexit
 import itertools
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -61,7 +62,9 @@ def hooked(seed: int = 0, **changes: Any) -> Any:
     plan: dict[str, Any] = {**sizes, "d_vocab": VOCAB, "act_fn": "gelu", "seed": seed, "device": "cpu", **changes}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = HookedTransformer(HookedTransformerConfig(**plan))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
+            model = HookedTransformer(HookedTransformerConfig(**plan))
         for name, weight in model.named_parameters():
             size = 1.0 if "embed.W" in name else 0.3
             weight.data = torch.randn_like(weight) * size + (1.0 if name.endswith(".w") else 0.0)
