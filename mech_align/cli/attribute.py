@@ -55,8 +55,9 @@ def _cost(job: Job, options: Attribute, rows: Sequence[int], positions: str) -> 
     gradients = len(job.tokens) * (1 + _BACKWARD * options.steps)
     every = len(job.tokens) * (2 + width * len(rows))
     return Cost(
-        scores=cost.scores + len(job.tokens) * width * len(rows), naive_passes=float(every), passes=cost.passes + gradients,
-        peak_bytes=2 * cost.peak_bytes, free_bytes=cost.free_bytes, seconds=cost.seconds * (1 + gradients / max(cost.passes, 1)),
+        scores=cost.scores + len(job.tokens) * width * len(rows), naive_passes=float(every),
+        passes=cost.passes + gradients, peak_bytes=2 * cost.peak_bytes, free_bytes=cost.free_bytes,
+        seconds=cost.seconds * (1 + gradients / max(cost.passes, 1)),
     )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from mech_align.analyses.head_patching import head_patching
 from mech_align.analyses.logit_attribution import logit_attribution
 from mech_align.analyses.mean_ablation import mean_ablation
-from mech_align.cli.findings import gap_finding, known_answer_findings
+from mech_align.cli.findings import gap_finding
 from mech_align.cli.job import Job, Step, load, make_job, model_identity
+from mech_align.cli.known_answer import known_answer_findings
 from mech_align.cli.options import Demo
 from mech_align.cli.screen import Screen
 from mech_align.interventions import Intervention, patch
@@ -92,8 +93,10 @@ def _steps(job: Job, base: Model) -> list[Step]:
         return logit_attribution(model, tokens, run="corrupt", batch_size=how.batch_size)
 
     return [
-        Step("head_patching", patching, price, "Which heads, moved from the refused into the answered prompt, bring refusal back?"),
-        Step("base_patching", from_base, price, "Which heads, given the value of the model before fine-tuning, bring refusal back?"),
+        Step("head_patching", patching, price,
+             "Which heads, moved from a refused into an answered prompt, bring refusal back?"),
+        Step("base_patching", from_base, price,
+             "Which heads, set to their value before fine-tuning, bring refusal back?"),
         Step("head_ablation", every, price, "Which heads, each replaced by its mean, bring refusal back?"),
         Step("logit_attribution", direct, lambda: estimate(model, Run.corrupt(tokens), [], n_sources=0),
              "How much does each part write directly towards refusal on the prompts that are not refused any more?"),
@@ -121,7 +124,7 @@ def _joint(job: Job, found: Sequence[str]) -> Step:
 
 
 def _as_map(result: Result, model: Model) -> Result:
-    """The single ablations of all heads as a map of layers and heads; the ablation of all of them at once is dropped."""
+    """The single ablations of all heads as a map; the ablation of all of them at once is dropped."""
     shape = model.shape
     single = result.values.isel(cell=np.flatnonzero(result.values["kind"].values == "found"))
     effect = single["effect"].values.reshape(-1, shape.n_layers, shape.n_heads)

@@ -108,7 +108,7 @@ def _memory() -> Finding:
 
     free = available_bytes() / 1e9
     return Finding("memory", "ok" if free > 2 else "note", f"{free:.1f} GB free, {os.cpu_count()} CPU cores",
-                   "" if free > 2 else "close other programs; models up to about 0.2 B parameters fit in float32")  # fmt: skip
+                   "" if free > 2 else "close other programs, or use small models")  # fmt: skip
 
 
 def _disk() -> Finding:
@@ -132,7 +132,7 @@ def _gpu() -> Finding:
         return Finding("GPU", "ok", "; ".join(parts))
     if torch.backends.mps.is_available():
         return Finding("GPU", "ok", "Apple GPU (--device mps)")
-    built = torch.version.cuda is not None
+    built = bool(torch.version.cuda)
     todo = (
         "torch was built for CUDA but sees no GPU: check the driver (nvidia-smi)"
         if built and shutil.which("nvidia-smi")
@@ -164,14 +164,15 @@ def _browser() -> Finding:
 
 
 def _jupyter() -> Finding:
-    """A plain plotly figure is blank in JupyterLab when the server's environment has no plotly of the kernel's version."""
-    server = shutil.which("jupyter-lab") or shutil.which("jupyter")
-    here = Path(sys.prefix).resolve()
-    if server is None:
+    """Plotly figures are blank in JupyterLab when its server lives in another environment than the kernel."""
+    own = Path(sys.executable).with_name("jupyter-lab")
+    server = shutil.which("jupyter-lab") or shutil.which("jupyter") or (str(own) if own.exists() else "")
+    here = Path(sys.prefix).absolute()
+    if not server:
         return Finding("Jupyter", "note", "not found; only needed for notebooks", "")
-    if server is not None and not Path(server).resolve().is_relative_to(here):
+    if not Path(server).absolute().is_relative_to(here):
         return Finding("Jupyter", "note", f"the server {server} lives in another environment than this one ({here})",
-                       "figures stay blank there with plotly's default renderer: plotly.io.renderers.default = 'plotly_mimetype+notebook'")  # fmt: skip
+                       "figures may stay blank: plotly.io.renderers.default = 'plotly_mimetype+notebook'")  # fmt: skip
     return Finding("Jupyter", "ok", "server and kernel share this environment")
 
 

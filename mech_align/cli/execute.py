@@ -94,8 +94,9 @@ def _interrupted(screen: Screen) -> int:
     share = f" at {100 * screen.done // screen.total}% of this step" if screen.total else ""
     screen.close_bar()
     if screen.as_json:
-        screen.finish({"status": "interrupted", "error": {
-            "what": f"stopped{share}", "why": "interrupted", "hints": ["the same command goes on where it stopped"]}})  # fmt: skip
+        hints = ["the same command goes on where it stopped"]
+        error = {"what": f"stopped{share}", "why": "interrupted", "hints": hints}
+        screen.finish({"status": "interrupted", "error": error})
     else:
         screen.note(f"stopped{share} · nothing lost · the same command goes on")
     return INTERRUPTED
@@ -144,8 +145,8 @@ def _known(error: Exception) -> MechAlignError | None:
         if is_out_of_memory(error):
             return MechAlignError(
                 "memory ran out", why=(str(error).splitlines() or [type(error).__name__])[0][:300],
-                hint=["--batch-size 1, or shorter prompts", "--dtype bfloat16 halves the model", "--dry-run shows what is needed",
-                      "finished steps are kept: the same command goes on"],
+                hint=["--batch-size 1, or shorter prompts", "--dtype bfloat16 halves the model",
+                      "--dry-run shows what is needed", "finished steps are kept: the same command goes on"],
             )  # fmt: skip
     return None
 

@@ -25,8 +25,8 @@ def strongest(mean: Result, k: int) -> list[dict[str, Any]]:
 
 
 def listed(mean: Result, k: int) -> list[dict[str, Any]]:
-    """What a table of the result shows: the strongest cells; for curves every layer; for ablations no single control."""
-    table = mean.frame()
+    """What a table shows: the strongest cells; for curves every layer; for ablations no single control."""
+    table: Any = mean.frame()
     dims = {str(dim) for dim in mean.data.dims}
     if "kind" in table and "cell" in table:
         chosen = table[~table["kind"].astype(str).str.startswith("control")]
@@ -38,7 +38,7 @@ def listed(mean: Result, k: int) -> list[dict[str, Any]]:
 
 def control_line(mean: Result) -> str:
     """What ablating random sets does, in one line."""
-    table = mean.frame()
+    table: Any = mean.frame()
     if "kind" not in table or "cell" not in table:
         return ""
     words: list[str] = []
@@ -59,6 +59,8 @@ def _rows(mean: Result, table: pd.DataFrame) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for row in table.to_dict("records"):
         site = " · ".join([site_label({str(k): v for k, v in row.items()}), *(str(row[dim]) for dim in others)])
+        if row.get("layer") == -1 and "component" not in row:
+            site = site.replace("L-1", "embedding")
         plain = {"site": site, **{key: _plain(row.get(key)) for key in NUMBERS}}
         rows.append(
             plain | {key: _plain(value[order[tuple(row[dim] for dim in dims)]]) for key, value in extra.items()}
@@ -81,7 +83,7 @@ def gap_finding(result: Result, *, unit: str, metric: str) -> dict[str, Any]:
     if metric in ("logit_difference", "log_odds"):
         controls["pairs whose clean run prefers the right answer"] = f"{int((clean > 0).sum())} of {len(clean)}"
         controls["pairs whose corrupt run prefers it"] = f"{int((corrupt > 0).sum())} of {len(clean)}"
-    return _finding(
+    return finding(
         "The metric tells the clean run from the corrupt run",
         summary.mean[0],
         unit,
@@ -101,19 +103,19 @@ def patching_findings(result: Result, mean: Result, *, what: str, seed: int = 0)
     n_groups = int((mean.provenance.get("statistics") or {}).get("n_groups", 0))
     floor = 2.0 ** (1 - n_groups)
     held_out = _held_out(result, seed)
-    table = mean.frame()
+    table: Any = mean.frame()
     order = np.argsort(-np.abs(table["effect"].fillna(0).to_numpy()), kind="stable")[:50]
     survivors = [int(i) for i in order if table["p_maxt"].iloc[i] <= ALPHA][:_MOST]
     noise = np.nanmedian(np.abs(table["effect"]))
     if survivors or floor > ALPHA:
         # where no test can reject, the strongest few are reported with what is known of them
         chosen = survivors or [int(i) for i in order[:3] if np.isfinite(table["effect"].iloc[i])]
-        return [_cell(_row(table, i), held_out.get(i), mean, what, float(noise), n_groups, floor) for i in chosen]
-    top = _row(table, int(order[0]))
+        return [_cell(row_of(table, i), held_out.get(i), mean, what, float(noise), n_groups, floor) for i in chosen]
+    top = row_of(table, int(order[0]))
     controls = {"strongest": site_label(top), "p_maxt": _plain(top["p_maxt"]), "groups": n_groups, "cells": len(table)}
     claim = f"Some single {what} on its own has an effect that survives correction for all {len(table):,} of them"
     ends = (top["ci_low"], top["ci_high"])
-    return [_finding(claim, top["effect"], mean.unit, ends, top["n"], controls, NOT_SUPPORTED)]
+    return [finding(claim, top["effect"], mean.unit, ends, top["n"], controls, NOT_SUPPORTED)]
 
 
 def _held_out(result: Result, seed: int) -> dict[int, stats.HalfConfirmation]:
@@ -130,7 +132,8 @@ def _held_out(result: Result, seed: int) -> dict[int, stats.HalfConfirmation]:
 
 
 def _cell(
-    row: Mapping[str, Any], half: stats.HalfConfirmation | None, mean: Result, what: str, noise: int | float, n_groups: int, floor: int | float
+    row: Mapping[str, Any], half: stats.HalfConfirmation | None, mean: Result, what: str, noise: int | float,
+    n_groups: int, floor: int | float,
 ) -> dict[str, Any]:  # fmt: skip
     effect, low, high = float(row["effect"]), float(row["ci_low"]), float(row["ci_high"])
     controls: dict[str, Any] = {
@@ -155,7 +158,7 @@ def _cell(
     else:
         verdict = SUPPORTED if row["p_maxt"] <= ALPHA and excludes_zero and confirmed else UNDECIDED
     settings = mean.provenance.get("settings") or {}
-    return _finding(
+    return finding(
         _claim(site_label(row), what, effect, settings), effect, mean.unit, (low, high), row["n"], controls, verdict
     )
 
@@ -185,7 +188,7 @@ def _claim(site: str, what: str, effect: float, settings: Mapping[str, Any]) -> 
 
 def ablation_findings(result: Result, mean: Result) -> list[dict[str, Any]]:
     """Do the named sites change the behaviour, and more than random ones of the same layers?"""
-    table = mean.frame()
+    table: Any = mean.frame()
     table["kind"] = table["kind"].astype(str)
     ranks: Mapping[str, Any] = result.provenance.get("controls") or {}
     wanted = (
@@ -197,7 +200,7 @@ def ablation_findings(result: Result, mean: Result) -> list[dict[str, Any]]:
         last = steps.iloc[-1]
         claim = f"A greedy search takes out, in this order, {str(last['cell']).split(': ', 1)[-1].replace('+', ', ')}"
         controls = {str(row["cell"]).split(":")[0]: row["effect"] for row in steps.to_dict("records")}
-        out.append(_finding(claim, last["effect"], mean.unit, (last["ci_low"], last["ci_high"]), last["n"],
+        out.append(finding(claim, last["effect"], mean.unit, (last["ci_low"], last["ci_high"]), last["n"],
                             {**controls, "note": "the search chose these on the same prompts"}, UNDECIDED))  # fmt: skip
     return out
 
@@ -207,9 +210,10 @@ def _ablated(row: Mapping[str, Any], rank: Mapping[str, Any] | None, mean: Resul
     excludes_zero = low > 0 or high < 0
     settings = mean.provenance.get("settings") or {}
     names = str(row["cell"]).replace("+", ", ")
-    claim = f"Taking out {names} ({settings.get('mode', 'mean')}) changes the metric more than random sets of the same layers"
+    mode = settings.get("mode", "mean")
+    claim = f"Taking out {names} ({mode}) changes the metric more than random sets of the same layers"
     if rank is None:
-        return _finding(claim, row["effect"], mean.unit, (low, high), row["n"], "no random controls", UNDECIDED)
+        return finding(claim, row["effect"], mean.unit, (low, high), row["n"], "no random controls", UNDECIDED)
     controls = {"random sets": rank["n_controls"], "p against them": rank["p"], "their mean": rank["control_mean"],
                 "their range": [rank["control_low"], rank["control_high"]]}  # fmt: skip
     if not excludes_zero:
@@ -218,7 +222,7 @@ def _ablated(row: Mapping[str, Any], rank: Mapping[str, Any] | None, mean: Resul
         verdict = SUPPORTED
     else:
         verdict = UNDECIDED if rank["p"] <= 1 / (1 + rank["n_controls"]) + 1e-9 else NOT_SUPPORTED
-    return _finding(claim, row["effect"], mean.unit, (low, high), row["n"], controls, verdict)
+    return finding(claim, row["effect"], mean.unit, (low, high), row["n"], controls, verdict)
 
 
 def screen_findings(result: Result, mean: Result) -> list[dict[str, Any]]:
@@ -233,7 +237,7 @@ def screen_findings(result: Result, mean: Result) -> list[dict[str, Any]]:
     claim = f"The screen misses no more than {_MISSES:.0%} of the large effects (estimated miss rate)"
     return [
         *out,
-        _finding(claim, number, "share of the large effects", interval, told.get("sampled"), numbers, verdict),
+        finding(claim, number, "share of the large effects", interval, told.get("sampled"), numbers, verdict),
     ]
 
 
@@ -248,7 +252,7 @@ def _confirmed(result: Result, mean: Result) -> list[dict[str, Any]]:
     order = np.argsort(-np.abs(np.nan_to_num(summary.mean)), kind="stable")
     chosen = [i for i in order if summary.p_maxt[i] <= ALPHA][:3] if cells else []
     return [
-        _finding(
+        finding(
             f"{cells[i]} carries part of the clean behaviour when patched exactly", summary.mean[i],
             "fraction of the clean-corrupt gap", (summary.ci_low[i], summary.ci_high[i]), summary.n[i],
             {"p_maxt over the confirmed": summary.p_maxt[i], "confirmed cells": len(cells)},
@@ -264,9 +268,11 @@ def attribution_findings(result: Result, mean: Result) -> list[dict[str, Any]]:
     name = "clean" if "clean" in result.values else "corrupt"
     total = result.values[name].values.astype(float)
     small = bool(np.nanmax(left) <= 1e-3 * max(1.0, float(np.nanmax(np.abs(total)))))
-    out = [_finding(f"What all parts write sums to the {mean.unit} of the {name} run (largest leftover)", float(np.nanmax(left)), mean.unit,
-                    None, len(total), {"mean of the metric": float(np.nanmean(total))}, SUPPORTED if small else NOT_SUPPORTED)]  # fmt: skip
-    table = mean.frame()
+    claim = f"What all parts write sums to the metric of the {name} run (largest leftover of a prompt)"
+    verdict = SUPPORTED if small else NOT_SUPPORTED
+    controls: dict[str, Any] = {"mean of the metric": float(np.nanmean(total))}
+    out = [finding(claim, float(np.nanmax(left)), mean.unit, None, len(total), controls, verdict)]
+    table: Any = mean.frame()
     heads = table[(table["kind"].astype(str) == "head") & (table["p_maxt"] <= ALPHA)]
     for row in (
         heads.reindex(heads["effect"].abs().sort_values(ascending=False, kind="stable").index)
@@ -279,7 +285,8 @@ def attribution_findings(result: Result, mean: Result) -> list[dict[str, Any]]:
             "q": _plain(row["q"]),
             "direct effect only": "what later layers make of it is not counted",
         }
-        out.append(_finding(f"Head {row['component']} writes directly {side} the clean answer in the {name} run", row["effect"], mean.unit,
+        claim = f"Head {row['component']} writes directly {side} the clean answer in the {name} run"
+        out.append(finding(claim, row["effect"], mean.unit,
                             (row["ci_low"], row["ci_high"]), row["n"], controls, SUPPORTED))  # fmt: skip
     return out
 
@@ -293,16 +300,22 @@ def lens_findings(result: Result, mean: Result) -> list[dict[str, Any]]:
     layers = table["layer"].to_numpy()
     since = len(above) - int(np.argmin(above[::-1])) if not above.all() else 0
     if since == len(above):
-        row = _row(table, len(table) - 1)
-        return [_finding("After the last layer the answer is preferred", row["effect"], mean.unit, (row["ci_low"], row["ci_high"]),
-                         row["n"], None, NOT_SUPPORTED if row["ci_high"] < 0 else UNDECIDED)]  # fmt: skip
-    row = _row(table, since)
+        row = row_of(table, len(table) - 1)
+        verdict = NOT_SUPPORTED if row["ci_high"] < 0 else UNDECIDED
+        ends = (row["ci_low"], row["ci_high"])
+        return [
+            finding(
+                "After the last layer the answer is preferred", row["effect"], mean.unit, ends, row["n"], None, verdict
+            )
+        ]
+    row = row_of(table, since)
     controls = {
         "layer before": _plain(table["effect"].iloc[since - 1]) if since else None,
         "caution": "an early layer that reads as nothing may still hold the answer in another basis",
     }
-    return [_finding(f"From layer {layers[since]} on, the answer can be read from the residual stream by the model's own unembedding",
-                     row["effect"], mean.unit, (row["ci_low"], row["ci_high"]), row["n"], controls, SUPPORTED)]  # fmt: skip
+    claim = f"From layer {layers[since]} on, the model's own unembedding reads the answer from the residual stream"
+    ends = (row["ci_low"], row["ci_high"])
+    return [finding(claim, row["effect"], mean.unit, ends, row["n"], controls, SUPPORTED)]
 
 
 def show_number(value: Any) -> str:
@@ -323,16 +336,18 @@ def show_number(value: Any) -> str:
     )
 
 
-def _row(table: pd.DataFrame, index: int) -> dict[str, Any]:
+def row_of(table: pd.DataFrame, index: int) -> dict[str, Any]:
     """One row with every number in its own type."""
     return {str(key): value for key, value in table.iloc[[index]].to_dict("records")[0].items()}
 
 
-def _finding(
+def finding(
     claim: str, number: Any, unit: str, interval: Sequence[Any] | None, n: Any, controls: Any, verdict: str
 ) -> dict[str, Any]:  # fmt: skip
+    """One claim as plain JSON; what is not finite is unknown."""
     ends = None if interval is None else [_plain(end) for end in interval]
-    return {"claim": claim, "number": _plain(number), "unit": unit, "interval": ends, "n": None if n is None else int(n),
+    count = None if n is None else int(n)
+    return {"claim": claim, "number": _plain(number), "unit": unit, "interval": ends, "n": count,
             "controls": _all_plain(controls), "verdict": verdict}  # fmt: skip
 
 
@@ -347,84 +362,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def known_answer_findings(
-    results: Mapping[str, Result], means: Mapping[str, Result], *, planted: Sequence[str], found: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Does the search find the heads that were planted, and nothing else?"""
-    places = "first and second" if len(planted) == 2 else f"first to {len(planted)}th"
-    names = f"{' and '.join(planted)}, the planted heads,"
-    out = [
-        _ranked(means["head_patching"], planted, f"{names} rank {places} by patching"),
-        _ranked(
-            means["base_patching"],
-            planted,
-            f"{names} rank {places} by patching in the values of the model before fine-tuning",
-        ),
-        _ranked(means["head_ablation"], planted, f"{names} rank {places} by mean ablation"),
-    ]
-    joint, mean = results["mean_ablation"], means["mean_ablation"]
-    out += [one for one in ablation_findings(joint, mean) if not one["claim"].startswith("A greedy")]
-    return [*out, _random_heads(mean), _greedy_order(mean, planted), _signs(means["logit_attribution"], planted)]
-
-
-def _ranked(mean: Result, planted: Sequence[str], claim: str) -> dict[str, Any]:
-    top = mean.top(len(planted) + 1).to_dict("records")
-    weakest, after = top[len(planted) - 1], top[len(planted)]
-    found = [str(row["site"]) for row in top[: len(planted)]]
-    tested = all(row["p_maxt"] <= ALPHA for row in top[: len(planted)])
-    verdict = NOT_SUPPORTED if set(found) != set(planted) else SUPPORTED if tested else UNDECIDED
-    controls = {
-        "effects": {str(row["site"]): row["effect"] for row in top[: len(planted)]},
-        "strongest other head": f"{after['site']} {show_number(after['effect'])}", "p_maxt": weakest["p_maxt"],
-        "heads": int(mean.data.size),
-    }  # fmt: skip
-    ends = (weakest["ci_low"], weakest["ci_high"])
-    return _finding(claim, weakest["effect"], f"{mean.unit} (the weaker one)", ends, weakest["n"], controls, verdict)
-
-
-def _random_heads(mean: Result) -> dict[str, Any]:
-    table = mean.frame()
-    kind = table["kind"].astype(str)
-    random, joint = table["effect"][kind == "control"], float(table["effect"][kind == "joint"].iloc[0])
-    share = float(np.abs(random).max() / abs(joint))
-    controls = {"random sets": len(random), "largest, as a share of the found ones": share, "found ones": joint}
-    claim = "Random heads of the same layers do nothing by comparison: their mean, and range, lie near zero"
-    n = table["n"][kind == "control"].max()
-    return _finding(
-        claim,
-        random.mean(),
-        mean.unit,
-        (random.min(), random.max()),
-        n,
-        controls,
-        SUPPORTED if share <= 0.1 else NOT_SUPPORTED,
-    )
-
-
-def _greedy_order(mean: Result, planted: Sequence[str]) -> dict[str, Any]:
-    table = mean.frame()
-    last = _row(table, int(np.flatnonzero(table["kind"].astype(str) == "greedy")[-1]))
-    order = str(last["cell"]).split(": ", 1)[-1].split("+")
-    controls = {"order": ", ".join(order)}
-    claim = "A greedy search over all heads, one after the other, takes out the planted ones and no other"
-    verdict = SUPPORTED if set(order) == set(planted) else NOT_SUPPORTED
-    return _finding(claim, last["effect"], mean.unit, (last["ci_low"], last["ci_high"]), last["n"], controls, verdict)
-
-
-def _signs(mean: Result, planted: Sequence[str]) -> dict[str, Any]:
-    table = mean.frame().set_index("component")
-    rows = [table.loc[name].to_dict() for name in planted]
-    worst = max(rows, key=lambda row: row["ci_high"])
-    others = table[(table["kind"].astype(str) == "head") & ~table.index.isin(list(planted))]["effect"]
-    controls = {
-        "direct effects": {name: row["effect"] for name, row in zip(planted, rows, strict=True)},
-        "other heads, range": [others.min(), others.max()],
-    }  # fmt: skip
-    right = all(row["ci_high"] < 0 for row in rows)
-    claim = (
-        f"The planted heads write directly against refusal ({', '.join(planted)}: negative, the sign of a suppressor)"
-    )
-    return _finding(claim, worst["effect"], f"{mean.unit} (the weaker one)", (worst["ci_low"], worst["ci_high"]), worst["n"], controls,
-                    SUPPORTED if right else NOT_SUPPORTED)  # fmt: skip

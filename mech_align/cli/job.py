@@ -243,8 +243,8 @@ _COSTS = ("scores", "passes", "a pass a cell", "peak memory", "free", "time")
 
 def _cost_row(cost: Cost) -> list[str]:
     return [
-        f"{cost.scores:,}", f"{cost.passes:,.0f}", f"{cost.naive_passes:,.0f}", _bytes(cost.peak_bytes), _bytes(cost.free_bytes),
-        show_span(cost.seconds),
+        f"{cost.scores:,}", f"{cost.passes:,.0f}", f"{cost.naive_passes:,.0f}", _bytes(cost.peak_bytes),
+        _bytes(cost.free_bytes), show_span(cost.seconds),
     ]  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class Source(BaseModel):
 
     model: ModelName = Field(description="Hub name, local Hugging Face folder, or organism:NAME[/VARIANT].")
     pairs: Annotated[str, tyro.conf.arg(metavar="FILE")] = Field(
-        description="jsonl, csv, parquet or hub data set: clean, corrupt, answer, wrong; group where prompts share a template."
+        description="jsonl, csv, parquet or hub data set with clean, corrupt, answer, wrong; group for templates."
     )
 
 
@@ -118,7 +118,7 @@ class Patch(Layered):
 
 
 class Attribute(Layered):
-    """Which of very many parts might matter? A gradient screen, then exact patches of the top and of a random sample."""
+    """Which of very many parts might matter? A gradient screen, then exact patches of its top and of a sample."""
 
     part: Literal["heads", "attn", "mlp", "neurons"] = Field("heads", description="What to screen.")
     steps: int = Field(1, ge=1, description="Gradients to average between corrupt and clean (integrated gradients).")
@@ -170,7 +170,7 @@ class Ablate(OnPairs):
 
 
 class Demo(Running):
-    """Patch, ablate and attribute a small shipped model whose answer is known. No network, under a minute on two cores."""
+    """Patch, ablate and attribute a small shipped model whose answer is known. No network, under a minute."""
 
 
 class Doctor(Options):

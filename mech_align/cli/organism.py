@@ -19,8 +19,9 @@ def list_(options: OrganismList, screen: Screen, words: Sequence[str]) -> None:
     for name in list_organisms():
         card, folder = organism_card(name), organism_path(name)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        rows.append({"name": f"organism:{name}", "planted": card.get("planted", []) if not name.endswith("/base") else [],
-                     "question": card.get("question", ""), "bytes": size, "path": str(folder)})  # fmt: skip
+        planted = [] if name.endswith("/base") else card.get("planted", [])
+        told = {"planted": planted, "question": card.get("question", ""), "bytes": size, "path": str(folder)}
+        rows.append({"name": f"organism:{name}", **told})
     table = Table("model", "planted heads", "size")
     for row in rows:
         table.add_row(Text(row["name"]), ", ".join(row["planted"]) or "–", f"{row['bytes'] / 1e6:.1f} MB")
@@ -44,11 +45,8 @@ def verify_(options: OrganismVerify, screen: Screen, words: Sequence[str]) -> in
     _known(options.name)
     folder = options.folder or organism_path(f"{options.name}/base").parent
     if not (Path(folder) / "organism.json").is_file():
-        raise ModelNotFound(
-            f"{folder} holds no organism",
-            why="there is no organism.json",
-            hint="give a folder that organism train wrote",
-        )
+        why, hint = "there is no organism.json", "give a folder that organism train wrote"
+        raise ModelNotFound(f"{folder} holds no organism", why=why, hint=hint)
     from mech_align.organisms.verify import verify
 
     found = verify(folder, **({"per_cell": 4, "controls": 20} if options.quick else {}))

@@ -106,7 +106,9 @@ def _clean_and_corrupt(job: Job, result: Result) -> None:
     )
     signed = job.metric.name in ("logit_difference", "log_odds")
     better = int((clean > (0 if signed else corrupt)).sum())
-    side = f"the {first} run prefers the right answer" if signed else f"the {first} run scores higher"
+    run = "" if first == "source model" else " run"
+    side = f"the {first}{run} prefers the right answer" if signed else f"the {first}{run} scores higher"
     job.screen.say(
-        f"metric  {first} {clean.mean():+.3f}, {second} {corrupt.mean():+.3f} {job.metric.unit} · {side} in {better} of {len(clean)} pairs"
+        f"metric  {first} {clean.mean():+.3f}, {second} {corrupt.mean():+.3f} {job.metric.unit}"
+        f" · {side} in {better} of {len(clean)} pairs"
     )

@@ -69,7 +69,7 @@ class Screen:
         return code
 
     def progress(self, name: str) -> Callable[[int, int], None]:
-        """Takes (done, total) of the step: a bar on a terminal, else a line every 30 seconds; nothing with ``--json``."""
+        """Takes (done, total): a bar on a terminal, else a line every 30 seconds; nothing with ``--json``."""
         started = time.monotonic()
         told = started
 

@@ -1,4 +1,4 @@
-"""The command line from end to end: run folders, resuming, JSON, errors. Small random models; the demo on the shipped one."""
+"""The command line from end to end: run folders, resuming, JSON, errors; the demo on the shipped model."""
 
 import json
 import os
@@ -271,8 +271,8 @@ def test_interrupted_in_the_middle_it_goes_on_there(
 
 
 def test_killed_in_the_middle_it_goes_on_there(place: Path, tmp_path: Path):
-    write_pairs(place / "many.jsonl", 60)
-    arguments = words(place, "patch", "--part", "neurons", "--batch-size", "1", pairs="many.jsonl")
+    write_pairs(place / "many.jsonl", 40)
+    arguments = words(place, "patch", "--part", "neurons", "--layers", "1,2", "--batch-size", "1", pairs="many.jsonl")
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     out = tmp_path / "run"
     command = [sys.executable, "-m", "mech_align", *arguments, "--out", str(out)]
@@ -345,9 +345,6 @@ def test_json_is_all_that_stdout_gets(place: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["out"] == str(tmp_path / "run")
     assert done.stderr == ""
-    failed = subprocess.run([*command, "--layers", "9"], capture_output=True, text=True)
-    assert failed.returncode == 2 and failed.stderr == ""
-    assert json.loads(failed.stdout)["error"]["why"] == "layers are 0 to 2, counted from 0"
 
 
 @pytest.mark.parametrize(
