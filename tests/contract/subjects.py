@@ -24,8 +24,18 @@ from mech_align.sites import HEAD_PARTS, Site
 from mech_align.sweeps import MeanSource, Run, RunSource, Source
 
 COVERED = (
-    "gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt_neox_sequential", "gemma", "gemma2", "gemma3", "phi3",
-)  # fmt: skip
+    "gpt2",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gpt_neox",
+    "gpt_neox_sequential",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+)
 """Families that the decoder covers on both backends."""
 UNCOVERED = "olmo2"
 """A family that it covers on neither, so that every cell is a whole forward pass."""
@@ -94,9 +104,13 @@ def pairs(*, ragged: bool = True, count: int = 4, seed: int = 0) -> TokenPairs:
         corrupt.append(other)
     answers = [rng.choice(VOCAB, 4, replace=False).tolist() for _ in range(count)]
     made = Pairs.from_tokens(
-        clean, corrupt, [a[:1] if i % 2 else a[:2] for i, a in enumerate(answers)], [a[2:] for a in answers],
-        group=[f"g{i // 2}" for i in range(count)], positions=[{"spot": 2}, {"spot": [1, 3]}, *[{"spot": -2}] * (count - 2)],
-    )  # fmt: skip
+        clean,
+        corrupt,
+        [a[:1] if i % 2 else a[:2] for i, a in enumerate(answers)],
+        [a[2:] for a in answers],
+        group=[f"g{i // 2}" for i in range(count)],
+        positions=[{"spot": 2}, {"spot": [1, 3]}, *[{"spot": -2}] * (count - 2)],
+    )
     return made.encode(None)
 
 
@@ -178,7 +192,11 @@ def _joint(model: Model, generator: torch.Generator, kinds: Sequence[str]) -> li
         [at(1, "attn_out", "last"), at(1, "mlp_post", "all", neurons=(0, 2, 3))],
         [at(0, "resid_post", 1), at(top, "pattern", "all", 2)],
         [at(1, "pattern", "all"), at(1, "k", "spot", kv), at(top, "v", "all", 0)],
-        [at(0, "resid_pre", "all", edit=add(vector, 0.3)), at(1, "z", "last", 2), at(top, "attn_out", "all", edit=zero())],
+        [
+            at(0, "resid_pre", "all", edit=add(vector, 0.3)),
+            at(1, "z", "last", 2),
+            at(top, "attn_out", "all", edit=zero()),
+        ],
         [at(0, "z", "all", 1), at(1, "resid_mid", -2), at(top, "mlp_out", "last", source=kinds[-1])],
         [at(1, "mlp_post", "all", neurons=(4, 5)), at(1, "mlp_out", 1, edit=zero()), at(1, "resid_post", "last")],
         [at(1, "mlp_post", "all", neurons=(4, 5)), at(1, "mlp_post", "last", neurons=(5, 6), edit=zero())],
@@ -192,7 +210,7 @@ def _joint(model: Model, generator: torch.Generator, kinds: Sequence[str]) -> li
 def by_hand(
     model: Model, run: Run, row: int, cell: Sequence[Intervention], given: Mapping[str, Source], metric: Metric
 ) -> float:
-    """One prompt under one cell, alone, through the model's own hooks: shares nothing with a sweep but ``model.run``."""
+    """One prompt under one cell, alone, through hooks: shares nothing with a sweep but ``model.run``."""
     tokens = Tokens.from_lists([run.tokens[row]])
     hooks = [_hook(model, run, row, edit, given) for edit in cell]
     with torch.no_grad():

@@ -102,9 +102,7 @@ def test_an_interrupted_stream_goes_on(tmp_path: Path) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        model.activations(
-            ROWS, ["resid_post", "L1.k"], positions="all", batch_size=2, store=tmp_path, progress=stop
-        )
+        model.activations(ROWS, ["resid_post", "L1.k"], positions="all", batch_size=2, store=tmp_path, progress=stop)
     with pytest.raises(BadRun):
         load_activations(tmp_path)
     seen: list[int] = []

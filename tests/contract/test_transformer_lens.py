@@ -70,7 +70,9 @@ def ours(model: Model, part: str, by_position: bool) -> np.ndarray[Any, Any]:
     return found.scores.reshape(len(run), *sizes)
 
 
-@pytest.mark.parametrize("name", ["own HookedTransformer", "hooked gpt2", "bridge gpt2", "hooked llama", "bridge llama", "hooked gpt_neox"])
+@pytest.mark.parametrize(
+    "name", ["own HookedTransformer", "hooked gpt2", "bridge gpt2", "hooked llama", "bridge llama", "hooked gpt_neox"]
+)
 @pytest.mark.parametrize(("function", "part", "by_position"), MAPS)
 def test_maps_are_transformer_lens_maps(name: str, function: str, part: str, by_position: bool) -> None:
     model = models()[name]

@@ -13,7 +13,13 @@ from mech_align.models.names import parts_of
 from mech_align.sites import HEAD_PARTS, PARTS, Site
 from mech_align.sweeps import Run, RunSource, sweep
 
-SOME = [("gpt2", "hooked"), ("mistral", "bridge"), ("gpt_neox", "hooked"), ("gemma2", "bridge"), ("attn_only", "hooked")]
+SOME = [
+    ("gpt2", "hooked"),
+    ("mistral", "bridge"),
+    ("gpt_neox", "hooked"),
+    ("gemma2", "bridge"),
+    ("attn_only", "hooked"),
+]
 
 # Plain data: what is made of it depends on the model.
 EDITS = st.tuples(
@@ -23,8 +29,16 @@ EDITS = st.tuples(
 )  # fmt: skip
 
 
-def built(which: tuple[str, str], layer: int, part: str, head: int | None, neurons: set[int], kind: str, where: str | int,
-          source: str) -> Intervention:  # fmt: skip
+def built(
+    which: tuple[str, str],
+    layer: int,
+    part: str,
+    head: int | None,
+    neurons: set[int],
+    kind: str,
+    where: str | int,
+    source: str,
+) -> Intervention:
     model = subject(*which)
     shape, here = model.shape, parts_of(model.inner)
     part = part if part in here else "resid_post"

@@ -60,7 +60,8 @@ def test_the_undisturbed_run_is_the_models(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", [{"positional_embedding_type": "shortformer"}, {"positional_embedding_type": "alibi"}, {"act_fn": "solu_ln"}]
+    "plan",
+    [{"positional_embedding_type": "shortformer"}, {"positional_embedding_type": "alibi"}, {"act_fn": "solu_ln"}],
 )
 def test_what_it_does_not_know_is_left_to_full_passes(plan: dict[str, str]) -> None:
     assert wrap_model(hooked(**plan)).decoder is None

@@ -28,6 +28,7 @@ def test_pieces_cover_everything_once_and_shrink_where_they_must() -> None:
         tried.append((first, last))
         if last - first > 3:
             raise MemoryError
+
     pieces = list(halving(2, 21, 8, run))
     assert [at for first, last in pieces for at in range(first, last)] == list(range(2, 21))
     assert max(last - first for first, last in pieces) == 2 and tried[:3] == [(2, 10), (2, 6), (2, 4)]

@@ -13,7 +13,10 @@ def test_values_by_hand() -> None:
     p = LOGITS.exp() / LOGITS.exp().sum(-1, keepdim=True)
     wanted = {
         "logit_difference": [1.5 - 0.0, 3.0 - 1.5],
-        "log_odds": [float((p[0, 0] + p[0, 1]).log() - p[0, 2].log()), float(p[1, 1].log() - (p[1, 2] + p[1, 3]).log())],
+        "log_odds": [
+            float((p[0, 0] + p[0, 1]).log() - p[0, 2].log()),
+            float(p[1, 1].log() - (p[1, 2] + p[1, 3]).log()),
+        ],
         "probability": [float(p[0, 0] + p[0, 1]), float(p[1, 1])],
         "log_probability": [float((p[0, 0] + p[0, 1]).log()), float(p[1, 1].log())],
     }

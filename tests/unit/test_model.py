@@ -28,8 +28,13 @@ def test_encoding() -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "says"),
-    [([[5, VOCAB]], "not in the vocabulary"), ([[5, -1]], "not in the vocabulary"), ([[1] * 65], "65 tokens"), ([[1], []], "token")],
-)  # fmt: skip
+    [
+        ([[5, VOCAB]], "not in the vocabulary"),
+        ([[5, -1]], "not in the vocabulary"),
+        ([[1] * 65], "65 tokens"),
+        ([[1], []], "token"),
+    ],
+)
 def test_prompts_that_cannot_be_read(prompts: Any, says: str) -> None:
     with pytest.raises(BadPrompts, match=says):
         subject("gpt2", "hooked").encode(prompts)
@@ -59,7 +64,10 @@ def test_logits_last_all_and_batches(family: str, backend: str) -> None:
 def test_an_edit_that_never_ran_is_an_error(backend: str) -> None:
     model = fresh("gpt2", backend)
     before = count(model)
-    with pytest.raises(PatchDidNotFire, match="resid_post of layer 1"), model.editing([Hook(1, "resid_post", lambda v: v)]):
+    with (
+        pytest.raises(PatchDidNotFire, match="resid_post of layer 1"),
+        model.editing([Hook(1, "resid_post", lambda v: v)]),
+    ):
         pass
     with model.editing([Hook(1, "resid_post", lambda value: value * 0)]) as hooks:
         changed = model.logits(ROWS)

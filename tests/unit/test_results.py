@@ -74,9 +74,13 @@ def test_top_is_ranked_and_labelled() -> None:
 
 @pytest.mark.parametrize(
     ("dims", "label"),
-    [({"part": ["mlp_out"], "layer": [3], "position": ["-1 x"]}, "L3.mlp_out@-1 x"), ({"layer": [3], "neuron": [17]}, "L3N17"),
-     ({"component": ["embed"]}, "embed"), ({"cell": ["L1H2+L2H0"]}, "L1H2+L2H0")],
-)  # fmt: skip
+    [
+        ({"part": ["mlp_out"], "layer": [3], "position": ["-1 x"]}, "L3.mlp_out@-1 x"),
+        ({"layer": [3], "neuron": [17]}, "L3N17"),
+        ({"component": ["embed"]}, "embed"),
+        ({"cell": ["L1H2+L2H0"]}, "L1H2+L2H0"),
+    ],
+)
 def test_labels_of_other_axes(dims: dict[str, list[object]], label: str) -> None:
     values = xr.Dataset({"effect": (tuple(dims), np.ones([1] * len(dims)))}, coords=dims)
     assert Result(values, "x", "y").top()["site"].tolist() == [label]

@@ -26,7 +26,9 @@ def test_the_grammar(text: str, site: Site) -> None:
     assert Site.parse(text) == site
 
 
-@pytest.mark.parametrize("text", ["", "L3", "H3", "L1H", "L1H2N3", "L1.nonsense", "L1H2.mlp", "L-1H2", "L1N2.z", "L1 H2"])
+@pytest.mark.parametrize(
+    "text", ["", "L3", "H3", "L1H", "L1H2N3", "L1.nonsense", "L1H2.mlp", "L-1H2", "L1N2.z", "L1 H2"]
+)
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(UnknownSite):
         Site.parse(text)

@@ -33,7 +33,9 @@ def rows_seen(plan: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = DecoderLayer.qkv
     monkeypatch.setattr(
-        DecoderLayer, "qkv", lambda self, x, positions: (seen.append(x.shape[0] * x.shape[1]), real(self, x, positions))[1]
+        DecoderLayer,
+        "qkv",
+        lambda self, x, positions: (seen.append(x.shape[0] * x.shape[1]), real(self, x, positions))[1],
     )
     for chunk in ready.chunks(10**6):
         ready.run(chunk)
@@ -82,7 +84,11 @@ def test_keys_that_are_ungrouped_by_the_user() -> None:
     model = wrap_model(hooked(n_key_value_heads=2, ungroup_grouped_query_attention=True))
     assert model.shape.n_kv_heads == 4 and model.decoder is not None
     plan = [[Intervention(Site(1, part, head=head), patch())] for part in ("k", "v") for head in range(4)]
-    how: Any = {"metric": logit_difference(), "sources": {"source": RunSource.clean(PAIRS)}, "progress": lambda *_: None}
+    how: Any = {
+        "metric": logit_difference(),
+        "sources": {"source": RunSource.clean(PAIRS)},
+        "progress": lambda *_: None,
+    }
     fast, full = (sweep(model, RUN, plan, engine=engine, **how) for engine in ("suffix", "full"))
     assert worst(fast.scores, full.scores).max() <= 2e-5
 

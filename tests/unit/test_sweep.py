@@ -103,7 +103,9 @@ def test_ablating_the_planted_head_against_controls(mode: Any, effect: float) ->
         wrap_model(planted.planted()), planted_pairs(), "L1H2,L0H1", mode=mode, controls=5, resample_draws=1,
         positions="last", options=QUIET,
     )  # fmt: skip
-    table = {str(cell): float(value) for cell, value in zip(found.values["cell"].values, found.data.values[0], strict=True)}
+    table = {
+        str(cell): float(value) for cell, value in zip(found.values["cell"].values, found.data.values[0], strict=True)
+    }
     kinds = dict(zip(map(str, found.values["cell"].values), found.values["kind"].values, strict=True))
     assert table["L1H2"] == table["L1H2+L0H1"] == effect and table["L0H1"] == 0
     controls = [value for name, value in table.items() if kinds[name].startswith("control")]
@@ -128,9 +130,11 @@ def test_a_wrong_decoder_is_refused_or_left(what: str) -> None:
     model = fresh("gpt2", "hooked")
     layer = model.decoder.layers[1]  # type: ignore[union-attr]
     changes: dict[str, Any] = {
-        "scale": {"scale": layer.scale * 1.3}, "bias": {"output": replace(layer.output, bias=None)}, "window": {"window": 2},
+        "scale": {"scale": layer.scale * 1.3},
+        "bias": {"output": replace(layer.output, bias=None)},
+        "window": {"window": 2},
         "parallel": {"parallel": True},
-    }[what]  # fmt: skip
+    }[what]
     _break(model, **changes)
     plan = [[Intervention(Site(0, "z", head=1), patch())], [Intervention(Site(0, "mlp_out"), zero())]]
     with pytest.raises(SelfCheckFailed, match="does not reproduce"):
@@ -197,7 +201,9 @@ def test_scores_that_overflow_are_not_handed_on() -> None:
 
 @pytest.mark.parametrize("engine", ["suffix", "full"])
 @pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory.")])
-def test_memory_that_runs_out_halves_the_batch(engine: Any, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_halves_the_batch(
+    engine: Any, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = subject("llama", "hooked")
     wanted = measured(model, engine=engine)
     real, fails = Batch.run, {"left": 9}
@@ -328,7 +334,9 @@ def test_a_store_keeps_blocks(tmp_path: Path) -> None:
     assert not store.has([0], [1])
     store.write([2, 0], [1, 3], np.array([[1, 2], [3, 4]], np.float32))
     again = ScoreStore((3, 4), tmp_path, {"a": 1})
-    assert again.has([0, 2], [3, 1]) and not again.has([0, 1], [1]) and again.scores[2, 3] == 2 and again.scores[0, 1] == 3
+    assert (
+        again.has([0, 2], [3, 1]) and not again.has([0, 1], [1]) and again.scores[2, 3] == 2 and again.scores[0, 1] == 3
+    )
     for shape, key in (((3, 5), {"a": 1}), ((3, 4), {"a": 2})):
         with pytest.raises(BadRun):
             ScoreStore(shape, tmp_path, key)
@@ -343,7 +351,12 @@ def test_pairs_without_a_gap_are_unmeasured_and_counted() -> None:
     given = Pairs.from_tokens(clean, corrupt, PAIRS.answer, PAIRS.wrong)
     found = head_patching(subject("llama", "hooked"), given, options=QUIET)
     assert np.isnan(found.data.values[1]).all() and np.isfinite(found.data.values[[0, 2, 3]]).all()
-    assert found.provenance["degenerate"] == 1 and found.values["degenerate"].values.tolist() == [False, True, False, False]
+    assert found.provenance["degenerate"] == 1 and found.values["degenerate"].values.tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
     assert any("unmeasured" in text and "(1)" in text for text in found.warnings)
     same = Pairs.from_tokens(clean, clean, PAIRS.answer, PAIRS.wrong)
     with pytest.raises(UndefinedEffect, match="does not tell clean from corrupt"):
@@ -410,7 +423,12 @@ def test_effects_are_fractions_of_the_gap_in_both_directions() -> None:
     assert np.allclose(there.effect[keep, 0], 1, atol=1e-4) and np.allclose(back.effect[keep, 0], -1, atol=1e-4)
     assert np.allclose(there.clean, back.clean, atol=1e-5) and np.allclose(there.corrupt, back.corrupt, atol=1e-5)
     other = patch_effects(
-        model, pairs(ragged=False), plan, metric=logit_difference(), source_model=subject("llama", "bridge", 1), options=QUIET
+        model,
+        pairs(ragged=False),
+        plan,
+        metric=logit_difference(),
+        source_model=subject("llama", "bridge", 1),
+        options=QUIET,
     )
     assert np.allclose(other.corrupt, there.corrupt, atol=1e-5) and not np.allclose(other.clean, there.clean, atol=1e-2)
 
