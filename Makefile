@@ -67,7 +67,7 @@ docs: $(STAMP)
 	@echo "The pages: file://$(abspath docs/_build/html)/index.html"
 
 bench: $(STAMP)
-	$(THREADS) $(BIN)/python benchmarks/patching.py
+	$(BIN)/python benchmarks/patching.py
 
 # Writes constraints.txt anew from what is installed, restricted to what the extras in it need.
 constraints: $(STAMP)

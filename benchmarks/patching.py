@@ -3,7 +3,7 @@
     python benchmarks/patching.py [--quick] [--backend hooked|bridge] [--seed 0]
 
 A GPT-2-small-shaped model with random weights (12 layers, 12 heads, d_model 768, vocabulary 50,257), fp32. Both sides get the
-same tokens and the same metric and run all they need from scratch: the clean and the corrupt run are part of each time. The
+same tokens and the same metric and run all they need from scratch: their undisturbed runs are part of each time. The
 repetitions alternate between the two sides; the ratio is that of the medians. Absolute times mean little on shared machines.
 """
 
@@ -64,7 +64,7 @@ def peer_inputs(model: Model, pairs: Pairs) -> tuple[Any, Any, Callable[[torch.T
 
 
 def peer(model: Model, pairs: Pairs, function: Any, layers: list[int] | None, index: tuple[str, ...]) -> np.ndarray:
-    """The map by TransformerLens: both cached runs, then its sweep over the wanted cells."""
+    """The map by TransformerLens: the cached clean run, then its sweep over the wanted cells."""
     clean, corrupt, metric = peer_inputs(model, pairs)
     with torch.no_grad():
         _, cache = model.inner.run_with_cache(clean)
@@ -75,7 +75,9 @@ def peer(model: Model, pairs: Pairs, function: Any, layers: list[int] | None, in
         length = clean.shape[1]
         sizes = {"layer": layers, "pos": range(length), "head": range(HEADS)}
         grid = pd.MultiIndex.from_product([sizes[name] for name in index], names=list(index)).to_frame(index=False)
-        flat = function(model.inner, corrupt, cache, metric, index_df=grid)
+        flat = tl.generic_activation_patch(
+            model.inner, corrupt, cache, metric, tl.layer_head_vector_patch_setter, "z", index_df=grid
+        )
         return flat.numpy().reshape([len(sizes[name]) for name in index])
 
 
@@ -125,8 +127,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     import tqdm.auto
 
-    for module in (tl,):
-        module.tqdm = partial(tqdm.auto.tqdm, disable=True)
+    tl.tqdm = partial(tqdm.auto.tqdm, disable=True)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     model = build(options.backend, options.seed)
     print(f"GPT-2-small shape, {options.backend}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}")
     all_pos, by_pos = tl.get_act_patch_attn_head_out_all_pos, tl.get_act_patch_attn_head_out_by_pos

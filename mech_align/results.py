@@ -117,6 +117,8 @@ class Result:
             "p_maxt": summary.p_maxt, "q": summary.q, "n": summary.n,
         }  # fmt: skip
         values = xr.Dataset({name: (dims, np.asarray(value)) for name, value in numbers.items()}, coords=coords)
+        kept = [name for name, value in self.values.items() if PROMPT not in value.dims and name not in numbers]
+        values = values.assign({name: self.values[name].drop_vars("prompt", errors="ignore") for name in kept})
         statistics = {
             "confidence": confidence, "n_resamples": n_resamples, "n_flips": n_flips, "seed": seed,
             "n_prompts": int(self.data.sizes[PROMPT]), "n_groups": int(summary.n_groups),

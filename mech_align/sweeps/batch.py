@@ -100,6 +100,8 @@ class Batch:
 
     def logit_size(self) -> Float[Tensor, ""]:
         """The largest logit that the metric reads in one of the prompts, for tolerances."""
+        if isinstance(self.engine, SuffixEngine):
+            return self.engine.decoder.readout(self.engine.final()[:1], self.readout.tokens).abs().max()
         logits = self.model.run(Tokens.from_lists([self.runs.tokens[self.rows[0]]], self.model.device))
         assert logits is not None
         picked = logits if self.readout.tokens is None else logits[:, self.readout.tokens.to(logits.device)]

@@ -11,7 +11,7 @@ from mech_align.memory import available_bytes
 from mech_align.models import Model, Tokens
 from mech_align.sites import PARTS
 from mech_align.sweeps.sources import Run
-from mech_align.sweeps.sweep import Cell
+from mech_align.sweeps.sweep import Cell, row_budget
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def estimate(
     item = model.dtype.itemsize
     width = 5 * shape.d_model + 2 * shape.n_kv_heads * shape.d_head + shape.n_heads * shape.d_head
     base = batch * longest * width * shape.n_layers * item
-    travel = 1024 * (4 * shape.d_model + 3 * max(shape.d_mlp, shape.d_model) + shape.n_heads * longest) * item
+    travel = row_budget(model) * (4 * shape.d_model + 3 * max(shape.d_mlp, shape.d_model) + shape.n_heads * longest) * item
     readout = 0 if fast else batch * shape.d_vocab * 4 * 2
     source = n_sources * batch * longest * shape.n_layers * shape.d_model * item
     return Cost(

@@ -128,7 +128,13 @@ class SuffixEngine:
 
     def baseline(self) -> Float[Tensor, " b"]:
         """The score of the undisturbed run."""
-        return self.score(self._at_last(self.base[len(self.decoder.layers) - 1, "resid_post"])[:, None])[:, 0]
+        return self.score(self.final()[:, None])[:, 0]
+
+    def final(self) -> Float[Tensor, "b d"]:
+        """The undisturbed residual stream above the last layer, at the metric position."""
+        value = self.base[len(self.decoder.layers) - 1, "resid_post"]
+        last = self.last.to(value.device)
+        return value[torch.arange(len(last), device=value.device), last]
 
     def run(self, cells: Sequence[PlacedCell]) -> Float[Tensor, "b cell"]:
         """Scores under cells that travel together, in their order."""
@@ -161,10 +167,6 @@ class SuffixEngine:
             spent += rows
         if chunk:
             yield chunk
-
-    def _at_last(self, value: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
-        last = self.last.to(value.device)
-        return value[torch.arange(len(last), device=value.device), last]
 
 
 def _late(key: tuple[int, int, int, int], top: int) -> bool:

@@ -139,7 +139,7 @@ class _Work:
         self.checks: dict[str, float] = {}
         self.checked = False
         self.warnings: list[str] = []
-        self.row_budget = 65536 if model.device.type == "cuda" else 1024
+        self.row_budget = row_budget(model)
 
     def key(self) -> dict[str, Any]:
         """What the scores depend on."""
@@ -243,6 +243,13 @@ class _Work:
             return ""
         self.checks[name] = error
         return "" if error <= allowed else f"{name}: {error:.3g} where {allowed:.3g} is allowed"
+
+
+def row_budget(model: Model) -> int:
+    """Rows of the residual stream that travel at once: on a CPU as many as stay in its cache (1,024 of width 768)."""
+    if model.device.type == "cuda":
+        return 65536
+    return min(16384, max(1024, 1024 * 768 // model.shape.d_model))
 
 
 def _check_cells(model: Model, run: Run, cells: Sequence[Cell], sources: Mapping[str, Source]) -> None:

@@ -200,6 +200,8 @@ def _joint(model: Model, generator: torch.Generator, kinds: Sequence[str]) -> li
         [at(0, "z", "all", 1), at(1, "resid_mid", -2), at(top, "mlp_out", "last", source=kinds[-1])],
         [at(1, "mlp_post", "all", neurons=(4, 5)), at(1, "mlp_out", 1, edit=zero()), at(1, "resid_post", "last")],
         [at(1, "mlp_post", "all", neurons=(4, 5)), at(1, "mlp_post", "last", neurons=(5, 6), edit=zero())],
+        # Another edit disturbs the run before it first differs from its source, so that a patch there matters.
+        [at(0, "resid_pre", "all", edit=add(vector)), at(1, "attn_out", "all")],
     ]
     return [cell for cell in wanted if all(edit.site.part in have for edit in cell)]
 
