@@ -20,8 +20,8 @@ class Edit:
         apply: Returns a new tensor, never writes into ``current``. ``source`` is the same site in another run, at the
             aligned position; ``None`` when the edit needs no source.
         needs_source: Whether a source value must be at hand.
-        detail: What tells edits of one name apart (a digest of the vector that is added, say), so that unfinished work is
-            not taken up with another edit.
+        detail: What tells edits of one name apart (a digest of the vector that is added, say), so that unfinished work
+            is not taken up with another edit.
     """
 
     name: str

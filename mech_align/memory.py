@@ -36,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def halving(start: int, stop: int, step: int, run: Callable[[int, int], None]) -> Iterator[tuple[int, int]]:
-    """Call ``run(first, last)`` over ``[start, stop)`` in steps, halving the step when memory runs out; yield each piece.
+    """Call ``run(first, last)`` over ``[start, stop)`` in steps, halved when memory runs out; yield each piece.
 
     Raises:
         OutOfMemory: Not even a step of 1 fits.

@@ -23,9 +23,10 @@ class Metric:
     Attributes:
         name: As on the command line and in provenance.
         unit: Of one value, e.g. ``"logits"``.
-        reads: ``"answers"``: the token axis holds only the answer tokens of the batch; ``"logits"``: the whole vocabulary.
-            A sweep unembeds no more columns than this asks for.
-        measure: ``(logits, answer, wrong) -> values``; the masks say which tokens of a row are its right and wrong answers.
+        reads: ``"answers"``: the token axis holds only the answer tokens of the batch; ``"logits"``: the whole
+            vocabulary. A sweep unembeds no more columns than this asks for.
+        measure: ``(logits, answer, wrong) -> values``; the masks say which tokens of a row are its right and wrong
+            answers.
         linear: The score is a linear function of the logits, so that it splits exactly over the parts of the network.
     """
 

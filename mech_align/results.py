@@ -23,10 +23,11 @@ class Result:
     """Labelled effects with their unit and provenance.
 
     Attributes:
-        values: Variable ``effect``, with the dim ``prompt`` first as long as it was not averaged (coordinates ``id`` and
-            ``group``, the unit of resampling). After ``mean("prompt")`` also ``ci_low``, ``ci_high``, ``p`` (sign-flip),
-            ``p_maxt`` (corrected over the whole map), ``q`` (Benjamini-Hochberg) and ``n``. Further variables hold what
-            belongs to the same run, such as the score of the clean and the corrupt run of each prompt.
+        values: Variable ``effect``, with the dim ``prompt`` first as long as it was not averaged (coordinates ``id``
+            and ``group``, the unit of resampling). After ``mean("prompt")`` also ``ci_low``, ``ci_high``, ``p``
+            (sign-flip), ``p_maxt`` (corrected over the whole map), ``q`` (Benjamini-Hochberg) and ``n``. Further
+            variables hold what belongs to the same run, such as the score of the clean and the corrupt run of each
+            prompt.
         name: The analysis, e.g. ``"head_patching"``.
         unit: Of an effect.
         sign: What a positive effect means.

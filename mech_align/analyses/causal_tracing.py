@@ -39,8 +39,9 @@ def causal_tracing(
 ) -> Result:
     r"""Effect of restoring one part of one layer at one position in a corrupted run.
 
-    $$e_{i,x,l,t} = \frac{m_i(\mathrm{corrupt} \mid x_{l,t} \leftarrow x^{\mathrm{clean}}_{l,t}) - m_i(\mathrm{corrupt})}
-                         {m_i(\mathrm{clean}) - m_i(\mathrm{corrupt})}$$
+    $$e_{i,x,l,t} =
+        \frac{m_i(\mathrm{corrupt} \mid x_{l,t} \leftarrow x^{\mathrm{clean}}_{l,t}) - m_i(\mathrm{corrupt})}
+             {m_i(\mathrm{clean}) - m_i(\mathrm{corrupt})}$$
 
     Args:
         parts: Among ``attn_out``, ``mlp_out``, ``resid_pre``, ``resid_mid``, ``resid_post``; the first two and the last

@@ -38,16 +38,18 @@ def head_patching(
     Args:
         metric: What the patch is hoped to restore, one number per prompt; the logit difference when left out.
         part: ``"z"`` (what a head hands to the output projection), or its ``"q"``, ``"k"``, ``"v"`` or ``"pattern"``.
-        layers: Which layers, e.g. ``"62,63"``; all when left out. Others are NaN-free because they are not in the result.
+        layers: Which layers, e.g. ``"62,63"``; all when left out. Others are NaN-free because they are not in the
+            result.
         positions: ``"all"`` together, ``"last"``, a named position, or ``"each"`` for a map by position.
-        direction: ``"noise"`` moves corrupt values into the clean run instead; then -1 is the behaviour wholly destroyed.
-        source_model: Take the values from this model (say the base of a fine-tune) on the same corrupt prompts; 1 then is
-            the other model's behaviour wholly restored.
+        direction: ``"noise"`` moves corrupt values into the clean run instead; then -1 is the behaviour wholly
+            destroyed.
+        source_model: Take the values from this model (say the base of a fine-tune) on the same corrupt prompts; 1 then
+            is the other model's behaviour wholly restored.
         min_gap: Pairs with a smaller clean-corrupt gap are degenerate: counted, and NaN.
 
     Returns:
-        Result with dims ``(prompt, layer, head)``, with ``"each"`` ``(prompt, layer, head, position)``; unit: fraction of
-        the clean-corrupt gap.
+        Result with dims ``(prompt, layer, head)``, with ``"each"`` ``(prompt, layer, head, position)``; unit: fraction
+        of the clean-corrupt gap.
 
     Raises:
         UndefinedEffect: The metric does not tell any pair apart.

@@ -49,16 +49,17 @@ def mean_ablation(
     Args:
         sites: Such as ``"L10H7,L10H3"``; heads, or parts (``L3.mlp``).
         mode: What takes the place of the value: its ``"mean"`` over a reference set, ``"zero"``, the value in a random
-            ``"resample"`` d prompt of the reference set (averaged over ``resample_draws``), or the value that ``source_model``
-            has on the same prompt (``"model"``). A head that writes a constant is invisible to its mean: compare modes.
+            ``"resample"`` d prompt of the reference set (averaged over ``resample_draws``), or the value that
+            ``source_model`` has on the same prompt (``"model"``). A head that writes a constant is invisible to its
+            mean: compare modes.
         reference: Which prompts the mean or the resampling is over: the pairs' ``"clean"`` or ``"corrupt"`` prompts or
-            ``"both"``, or prompts of your own. The mean is over their last tokens when ``positions="last"``, else over all
-            their tokens.
+            ``"both"``, or prompts of your own. The mean is over their last tokens when ``positions="last"``, else over
+            all their tokens.
         run: Which prompts are disturbed.
-        controls: How many random sets of heads, as many from the same layers as the found ones, are ablated together for
-            comparison with the joint effect; and single heads of the same layers, for the single effects.
-        greedy: After the first head that matters most, look again at all heads of the model with it removed, and so on for
-            so many steps: secondary heads show only jointly.
+        controls: How many random sets of heads, as many from the same layers as the found ones, are ablated together
+            for comparison with the joint effect; and single heads of the same layers, for the single effects.
+        greedy: After the first head that matters most, look again at all heads of the model with it removed, and so on
+            for so many steps: secondary heads show only jointly.
 
     Returns:
         Result with dims ``(prompt, cell)``; coordinate ``kind``: ``found``, ``joint``, ``control`` (joint-sized),
@@ -69,7 +70,8 @@ def mean_ablation(
         MechAlignError: Mode ``"model"`` without a source model.
 
     Reference:
-        Wang et al. 2022, arXiv:2211.00593, section 2.2 (mean ablation); Li & Janson 2024, arXiv:2409.09951 (its limits).
+        Wang et al. 2022, arXiv:2211.00593, section 2.2 (mean ablation); Li & Janson 2024, arXiv:2409.09951 (its
+        limits).
     """
     metric = metric or logit_difference()
     tokens = encode(model, pairs)
@@ -172,8 +174,8 @@ class _Ablation:
     """Turns sets of sites into scores, in one mode."""
 
     def __init__(
-        self, model: Model, run: Run, metric: Metric, mode: Mode, positions: str, reference: Reference, pairs: TokenPairs,
-        source_model: Model | None, draws: int, options: SweepOptions,
+        self, model: Model, run: Run, metric: Metric, mode: Mode, positions: str, reference: Reference,
+        pairs: TokenPairs, source_model: Model | None, draws: int, options: SweepOptions,
     ) -> None:  # fmt: skip
         self.model, self.run_, self.metric, self.mode, self.positions = model, run, metric, mode, positions
         self.source_model, self.options = source_model, options
@@ -190,8 +192,8 @@ class _Ablation:
         for draw in range(self.draws):
             options = self.options.named(f"{name}-{draw}")
             last = sweep(
-                self.model, self.run_, cells, metric=self.metric, sources=self._sources(sets, draw), engine=options.engine,
-                batch_size=options.batch_size, store=options.store, progress=options.progress, seed=options.seed,
+                self.model, self.run_, cells, metric=self.metric, sources=self._sources(sets, draw),
+                engine=options.engine, batch_size=options.batch_size, store=options.store, progress=options.progress, seed=options.seed,
             )  # fmt: skip
             total = total + last.scores.astype(np.float64) / self.draws
         self.baseline = last.baseline

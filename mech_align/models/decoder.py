@@ -2,7 +2,8 @@
 
 The weights are those of the wrapped model (views wherever the layout allows), read off by ``models/weights.py``. Every
 function works on windows of positions: the residual stream of a few positions goes in, with the keys and values of the
-positions before them. A causal decoder needs nothing else, so nothing below a patch and nothing before it is recomputed.
+positions before them. A causal decoder needs nothing else, so nothing below a patch and nothing before it is
+recomputed.
 """
 
 from collections.abc import Callable

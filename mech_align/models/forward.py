@@ -1,4 +1,4 @@
-"""One forward pass through the wrapped model, with functions on any of its sites. Right-padded, whatever the backend."""
+"""One forward pass through the wrapped model, with functions on any of its sites; right-padded on both backends."""
 
 import inspect
 from collections.abc import Callable, Iterable

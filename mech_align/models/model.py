@@ -144,7 +144,7 @@ class Model:
         return hooks_on(self.inner, hooks)
 
     def capture(self, tokens: Tokens, wanted: Collection[Key]) -> dict[Key, Tensor]:
-        """Whole activations of one batch, ``[b, position, ...]``, in memory; values behind a prompt's end mean nothing."""
+        """Whole activations of one batch ``[b, position, ...]``, in memory. Behind a prompt's end they mean nothing."""
         for layer, part in wanted:
             hook_point(self.inner, layer, part)
         return capturing.capture(self, tokens, wanted)

@@ -1,4 +1,4 @@
-"""Reads a wrapped TransformerLens model as a ``Decoder``. Architectures that the decoder does not cover give ``None``."""
+"""Reads a wrapped TransformerLens model as a ``Decoder``; architectures that it does not cover give ``None``."""
 
 import math
 from collections.abc import Callable

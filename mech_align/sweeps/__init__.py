@@ -6,6 +6,6 @@ from mech_align.sweeps.sources import MeanSource, NoiseSource, Run, RunSource, S
 from mech_align.sweeps.sweep import Cell, Sweep, score, sweep
 
 __all__ = [
-    "Cell", "Cost", "Effects", "MeanSource", "NoiseSource", "Run", "RunSource", "Source", "Sweep", "SweepOptions", "encode",
-    "estimate", "patch_effects", "score", "sweep",
+    "Cell", "Cost", "Effects", "MeanSource", "NoiseSource", "Run", "RunSource", "Source", "Sweep", "SweepOptions",
+    "encode", "estimate", "patch_effects", "score", "sweep",
 ]  # fmt: skip

@@ -118,7 +118,7 @@ class Batch:
         return float((engine.run([[placed]])[:, 0] - self._baseline).abs().max())
 
     def whole_error(self, name: str, layer: int) -> float | None:
-        """Distance to the source's own scores when its whole residual stream is put in; None where prompts do not align."""
+        """Distance to the source's scores when its whole stream is put in; None where no prompt aligns."""
         source = cast(RunSource, self.sources[name])
         aligned = [
             i for i, row in enumerate(self.rows)
@@ -137,7 +137,8 @@ class Batch:
         at = self.rows.index(row)
         width = len(self.runs.tokens[row])
         values = {
-            name: {key: _one(value, at, width, key[1]) for key, value in found.items()} for name, found in self.values.items()
+            name: {key: _one(value, at, width, key[1]) for key, value in found.items()}
+            for name, found in self.values.items()
         }
         readout = Readout(self.model, self.runs, [row], self.metric)
         tokens = Tokens.from_lists([self.runs.tokens[row]], self.model.device)
@@ -165,9 +166,7 @@ class Batch:
     def _place(self, cell: Sequence[Intervention]) -> list[Placed]:
         # Before their first difference a run and its source agree, unless another edit of the cell disturbs the run.
         alone = len({i.source for i in cell}) == 1 and all(i.edit.name == "patch" for i in cell)
-        return [
-            Placed(i, self._mask(i.positions, i.source if i.edit.needs_source else None, trim=alone)) for i in cell
-        ]
+        return [Placed(i, self._mask(i.positions, i.source if i.edit.needs_source else None, trim=alone)) for i in cell]
 
     def _mask(self, positions: str | int, source: str | None, *, trim: bool = False) -> Tensor:
         """Where an edit acts: at its positions, less those without a partner in the source, or equal to it anyway."""
@@ -196,7 +195,8 @@ class Batch:
             missing = sorted(wanted - source.values.keys())
             if missing:
                 raise ValueError(f"the mean source has no value for {missing}")
-            return {key: source.values[key].to(self.model.device).expand(b, t, *source.values[key].shape) for key in wanted}
+            means = {key: source.values[key].to(self.model.device) for key in wanted}
+            return {key: mean.expand(b, t, *mean.shape) for key, mean in means.items()}
         if source.model is None and wanted and "resid_pre" in parts_of(self.model.inner):
             wanted = {*wanted, (min(layer for layer, _ in wanted), "resid_pre")}  # for the whole-residual check
         model = source.model or self.model

@@ -57,7 +57,8 @@ def estimate(
     item = model.dtype.itemsize
     width = 5 * shape.d_model + 2 * shape.n_kv_heads * shape.d_head + shape.n_heads * shape.d_head
     base = batch * longest * width * shape.n_layers * item
-    travel = row_budget(model) * (4 * shape.d_model + 3 * max(shape.d_mlp, shape.d_model) + shape.n_heads * longest) * item
+    per_row = 4 * shape.d_model + 3 * max(shape.d_mlp, shape.d_model) + shape.n_heads * longest
+    travel = row_budget(model) * per_row * item
     readout = 0 if fast else batch * shape.d_vocab * 4 * 2
     source = n_sources * batch * longest * shape.n_layers * shape.d_model * item
     return Cost(

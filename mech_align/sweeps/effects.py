@@ -98,7 +98,8 @@ def encode(
         ragged, answers: As for ``Pairs.encode``.
 
     Raises:
-        BadPrompts, BadAnswer: See ``Pairs.encode``; also when the model would write an answer with another leading space.
+        BadPrompts, BadAnswer: See ``Pairs.encode``; also when the model would write an answer with another leading
+            space.
     """
     if isinstance(pairs, TokenPairs):
         _check_vocabulary(model, pairs)
@@ -127,8 +128,8 @@ def patch_effects(
     Args:
         cells: Their interventions take values from the source ``"source"``: the clean run (denoise) or the corrupt one
             (noise); with ``source_model``, that model on the very prompts that are disturbed.
-        direction: ``"denoise"`` puts clean values into the corrupt run: 1 restores the clean behaviour. ``"noise"`` puts
-            corrupt values into the clean run: -1 destroys it.
+        direction: ``"denoise"`` puts clean values into the corrupt run: 1 restores the clean behaviour. ``"noise"``
+            puts corrupt values into the clean run: -1 destroys it.
         min_gap: Smallest gap of a pair that counts; see ``stats.normalise``.
 
     Raises:
@@ -167,8 +168,8 @@ def describe(model: Model, pairs: TokenPairs, metric: Metric, settings: Mapping[
     data = json.dumps([pairs.clean, pairs.corrupt, pairs.answer, pairs.wrong, list(pairs.group)])
     return {
         "model": model.provenance, "backend": model.backend, "dtype": str(model.dtype).removeprefix("torch."),
-        "data": {"n": len(pairs), "groups": len(set(pairs.group)), "sha256": hashlib.sha256(data.encode()).hexdigest()[:16],
-                 "encoding": pairs.settings},
+        "data": {"n": len(pairs), "groups": len(set(pairs.group)), "encoding": pairs.settings,
+                 "sha256": hashlib.sha256(data.encode()).hexdigest()[:16]},
         "metric": {"name": metric.name, "unit": metric.unit}, "settings": dict(settings),
         "versions": {name: version(name) for name in ("mech-align", "torch", "transformer-lens", "transformers")},
         "warnings": list(pairs.notes),
@@ -194,8 +195,8 @@ def _gap_warnings(
     if backward > len(pairs) / 2:
         who = "the source model" if source_model is not None else "the clean run"
         out.append(
-            f"in {backward} of {len(pairs)} pairs {who} scores lower than the corrupt run: are 'answer' and 'wrong', or "
-            "'clean' and 'corrupt', swapped?"
+            f"in {backward} of {len(pairs)} pairs {who} scores lower than the corrupt run: are 'answer' and 'wrong', "
+            "or 'clean' and 'corrupt', swapped?"
         )
     return out
 
@@ -204,9 +205,9 @@ def _flat(
     pairs: TokenPairs, clean: Float[np.ndarray, " p"], corrupt: Float[np.ndarray, " p"], metric: Metric
 ) -> UndefinedEffect:
     gap = np.abs(clean - corrupt)
-    names = ", ".join(pairs.id[:5])
+    names = ", ".join(pairs.id[:5]) + ("..." if len(pairs) > 5 else "")
     return UndefinedEffect(
-        f"{metric.name} does not tell clean from corrupt in any of the {len(pairs)} pairs ({names}{'...' if len(pairs) > 5 else ''})",
+        f"{metric.name} does not tell clean from corrupt in any of the {len(pairs)} pairs ({names})",
         why=f"the largest gap is {np.nanmax(gap):.2g} {metric.unit}: there is nothing to explain",
         hint=[
             "check that the model knows the answer: compare the two prompts by hand",
@@ -223,13 +224,14 @@ def _check_vocabulary(model: Model, pairs: TokenPairs) -> None:
             outside = [token for token in row if not 0 <= token < size]
             if outside:
                 raise (BadAnswer if what in ("answer", "wrong") else BadPrompts)(
-                    f"{what} of pair {pair} has the token id {outside[0]}", why=f"{model.name} has {size} tokens, from 0",
+                    f"{what} of pair {pair} has the token id {outside[0]}",
+                    why=f"{model.name} has {size} tokens, from 0",
                     hint="the ids must come from this model's own tokenizer",
                 )  # fmt: skip
 
 
 def _check_leading_space(model: Model, pairs: TokenPairs, n: int = 8) -> None:
-    """Refuse answers that the model writes with another leading space: all effects would be of a token it never says."""
+    """Refuse answers with another leading space than the model writes: effects would be of a token it never says."""
     rows = list(range(min(n, len(pairs))))
     probabilities = model.logits([pairs.clean[i] for i in rows]).softmax(-1)
     given = np.zeros(len(rows))
@@ -246,7 +248,8 @@ def _check_leading_space(model: Model, pairs: TokenPairs, n: int = 8) -> None:
         return
     written, meant = (model.tokenizer.convert_ids_to_tokens(t) for t in (example[1], example[0]))
     raise BadAnswer(
-        f"the model writes {written!r} (probability {other.mean():.2g} after the clean prompts), never {meant!r} ({given.mean():.2g})",
+        f"after the clean prompts the model writes {written!r} (probability {other.mean():.2g}), never {meant!r} "
+        f"({given.mean():.2g})",
         why="the two differ only in their leading space",
-        hint=f"change the answers in the pairs to {model.tokenizer.decode([example[1]])!r}, or end the prompts with a space",
+        hint=f"change the answers to {model.tokenizer.decode([example[1]])!r}, or end the prompts with a space",
     )

@@ -38,8 +38,8 @@ class PositionAxis:
 def position_axis(model: Model, pairs: TokenPairs, positions: str, direction: str = "denoise") -> PositionAxis:
     """``"each"``: slots counted from the end, so that the metric position of ragged prompts coincides.
 
-    Coordinates are labels such as ``"-3 Ġpark"`` (the token of the first prompt that has the slot, with ``~`` where prompts
-    differ there).
+    Coordinates are labels such as ``"-3 Ġpark"`` (the token of the first prompt that has the slot, with ``~`` where
+    prompts differ there).
     """
     if positions != "each":
         return PositionAxis(pairs, [positions], {})

@@ -37,8 +37,10 @@ class Run:
     @classmethod
     def corrupt(cls, pairs: TokenPairs) -> "Run":
         """The corrupt side of the pairs; right answers stay those of the clean side."""
-        return cls(_rows(pairs.corrupt), _rows(pairs.answer), _rows(pairs.wrong), tuple(pairs.named), tuple(pairs.group),
-                   tuple(pairs.id))  # fmt: skip
+        return cls(
+            _rows(pairs.corrupt), _rows(pairs.answer), _rows(pairs.wrong), tuple(pairs.named), tuple(pairs.group),
+            tuple(pairs.id),
+        )  # fmt: skip
 
     @classmethod
     def clean(cls, pairs: TokenPairs) -> "Run":
@@ -161,7 +163,8 @@ class NoiseSource:
     """Gaussian noise of the size of the embeddings, the same for the same prompt and seed.
 
     Attributes:
-        scale: Standard deviation, in those of the token embeddings (3 in Meng et al. 2022, arXiv:2202.05262, section 2).
+        scale: Standard deviation, in those of the token embeddings (3 in Meng et al. 2022, arXiv:2202.05262, section
+            2).
         seed: A draw of its own for each prompt.
     """
 

@@ -141,7 +141,7 @@ class SuffixEngine:
         return _Window(self, cells).score()
 
     def chunks(self, cells: Sequence[PlacedCell]) -> Iterator[list[int]]:
-        """Numbers of cells that enter at the same place and need about the same positions, as many as the budget allows."""
+        """Numbers of cells that enter at one place and need about the same positions, as many as fit the budget."""
         top = len(self.decoder.layers) - 1
         keyed: list[tuple[tuple[int, int, int, int], int]] = []
         for number, cell in enumerate(cells):

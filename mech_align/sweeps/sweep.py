@@ -9,14 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from mech_align.errors import BadPrompts, OutOfMemory, SelfCheckFailed
 from mech_align.interventions import Intervention
 from mech_align.memory import is_out_of_memory
 from mech_align.metrics import Metric
-from mech_align.models import Model, Tokens
+from mech_align.models import Model
 from mech_align.models.names import check_writable, hook_point, hooks_in_place
 from mech_align.sites import Site
 from mech_align.sweeps.batch import Batch
@@ -73,7 +72,8 @@ def sweep(
         run: The prompts that are disturbed.
         cells: Each one a set of interventions that act together.
         sources: Where edits take their values from, by the name that ``Intervention.source`` gives.
-        engine: ``"auto"``: the suffix engine wherever it covers the architecture and passes its check, else full passes.
+        engine: ``"auto"``: the suffix engine wherever it covers the architecture and passes its check, else full
+            passes.
         batch_size: Prompts at a time; chosen by prompt length when left out. Halved when memory runs out.
         store: A folder for unfinished work: the same call goes on there after an interruption.
         progress: Called with (scores done, scores in all); a progress bar when left out.
@@ -121,7 +121,14 @@ class _Work:
     """One sweep under way: the engine in use, what was measured besides the cells, and the checks."""
 
     def __init__(
-        self, model: Model, run: Run, cells: list[Cell], metric: Metric, sources: Mapping[str, Source], engine: str, seed: int
+        self,
+        model: Model,
+        run: Run,
+        cells: list[Cell],
+        metric: Metric,
+        sources: Mapping[str, Source],
+        engine: str,
+        seed: int,
     ) -> None:
         self.model, self.run, self.cells, self.metric, self.sources = model, run, cells, metric, sources
         self.wanted_engine = engine
@@ -211,8 +218,10 @@ class _Work:
                 self.engine, self.checks = "full", {}
                 return self._prepare(rows)
             if problem:
-                raise SelfCheckFailed(f"the {self.engine} engine does not reproduce the model: {problem}",
-                                      hint="engine='full' runs whole forward passes; please report the architecture")  # fmt: skip
+                raise SelfCheckFailed(
+                    f"the {self.engine} engine does not reproduce the model: {problem}",
+                    hint="engine='full' runs whole forward passes; please report the architecture",
+                )
             self.checked = True
         self.baseline[rows] = batch.baseline().float().cpu().numpy()
         for name, found in batch.source_scores().items():
@@ -299,7 +308,12 @@ def _identity(intervention: Intervention) -> tuple[Any, ...]:
 
 def _weights(model: Model) -> list[str]:
     # The fingerprint is that of the weights before any folding.
-    return [str(model.provenance.get("fingerprint")), str(model.provenance.get("weights")), model.backend, str(model.dtype)]
+    return [
+        str(model.provenance.get("fingerprint")),
+        str(model.provenance.get("weights")),
+        model.backend,
+        str(model.dtype),
+    ]
 
 
 def _batches(run: Run, size: int) -> Iterator[list[int]]:
@@ -324,10 +338,3 @@ def _refuse_nan(found: Float[np.ndarray, "row cell"], cells: Sequence[Cell], mod
             why="activations overflowed" if model.dtype == torch.float16 else "",
             hint="use dtype float32",
         )
-
-
-def to_tokens(run: Run, rows: Sequence[int], model: Model) -> Tokens:
-    return Tokens.from_lists([run.tokens[row] for row in rows], model.device)
-
-
-Tensors = Mapping[str, Tensor]
