@@ -193,7 +193,8 @@ class _Ablation:
             options = self.options.named(f"{name}-{draw}")
             last = sweep(
                 self.model, self.run_, cells, metric=self.metric, sources=self._sources(sets, draw),
-                engine=options.engine, batch_size=options.batch_size, store=options.store, progress=options.progress, seed=options.seed,
+                engine=options.engine, batch_size=options.batch_size, store=options.store, progress=options.progress,
+                seed=options.seed,
             )  # fmt: skip
             total = total + last.scores.astype(np.float64) / self.draws
         self.baseline = last.baseline

@@ -94,7 +94,9 @@ def forward(
 def _unembed(inner: HookedTransformer, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t vocab"]:
     if inner.cfg.normalization_type is not None:
         resid = inner.ln_final(resid)
-    logits = inner.unembed(resid).float()
+    # TransformerLens' unembed copies the whole matrix at each call, which for a few rows is most of the time.
+    weight, bias = inner.unembed.W_U, inner.unembed.b_U
+    logits = (resid.to(weight.device) @ weight + bias).float() if weight.is_floating_point() else inner.unembed(resid)
     cap = inner.cfg.output_logits_soft_cap
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
 

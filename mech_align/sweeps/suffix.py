@@ -158,7 +158,7 @@ class SuffixEngine:
             rows = len(self.ids) * (1 if _late(key, top) else self.ids.shape[1] - key[3])
             together = head is not None and key[:3] == head[:3]
             # Cells that start later travel with an earlier one only where the waste is small.
-            near = head is not None and (key[3] - head[3]) * 4 <= self.ids.shape[1] - head[3]
+            near = head is not None and (key[3] - head[3]) * 16 <= self.ids.shape[1] - head[3]
             if chunk and not (together and near and spent + rows <= self.row_budget):
                 yield chunk
                 chunk, spent, head = [], 0, None
