@@ -35,6 +35,10 @@ class Activations:
     position: Int[np.ndarray, " row"]
     provenance: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        shown = ", ".join(map(str, self.sites[:3])) + (", ..." if len(self.arrays) > 3 else "")
+        return f"Activations({len(self)} rows of {len(self.arrays)} sites: {shown}; {self.dtype})"
+
     @property
     def sites(self) -> list[Site]:
         """What was kept."""

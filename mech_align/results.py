@@ -48,6 +48,11 @@ class Result:
         if PROMPT in self.data.dims and self.data.dims[0] != PROMPT:
             raise ValueError("the prompt axis comes first")
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{dim} {size}" for dim, size in self.data.sizes.items())
+        warned = f", {len(self.warnings)} warnings" if self.warnings else ""
+        return f"Result({self.name}: {sizes}; {self.unit}{warned})"
+
     @property
     def data(self) -> xr.DataArray:
         """The effects, labelled."""

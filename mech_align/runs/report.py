@@ -177,7 +177,7 @@ def _controls(controls: Any) -> list[str]:
         items = cast(Mapping[str, Any], controls)
         if "name" in items:
             return [_control(items)]
-        return [f"{str(key).replace('_', ' ')}: {_value(value)}" for key, value in items.items()]
+        return [f"{str(key).replace('_', ' ')}: {_named_value(str(key), value)}" for key, value in items.items()]
     if isinstance(controls, Sequence) and not isinstance(controls, str):
         return [_control(item) if isinstance(item, Mapping) else str(item) for item in cast(Sequence[Any], controls)]
     return [str(controls)]
@@ -188,15 +188,26 @@ def _control(control: Mapping[str, Any]) -> str:
     if control.get("number") is not None:
         words.append(f"{show_number(control['number'])} {show_interval(control.get('interval'))}".replace(" –", ""))
     known = {"name", "number", "interval"}
-    words += [f"{str(key).replace('_', ' ')} {_value(value)}" for key, value in control.items() if key not in known]
+    words += [
+        f"{str(key).replace('_', ' ')} {_named_value(str(key), value)}"
+        for key, value in control.items()
+        if key not in known
+    ]
     return ": ".join([words[0], ", ".join(words[1:])]) if len(words) > 1 else words[0]
+
+
+def _named_value(name: str, value: Any) -> str:
+    is_p = name in ("p", "q", "p_maxt") or name.startswith(("p against", "p_against"))
+    return show_p(value) if is_p and isinstance(value, int | float) else _value(value)
 
 
 def _value(value: Any) -> str:
     if isinstance(value, list):
         return show_interval(cast(Any, value))
     if isinstance(value, Mapping):
-        return ", ".join(f"{str(k).replace('_', ' ')} {_value(v)}" for k, v in cast(Mapping[str, Any], value).items())
+        return ", ".join(
+            f"{str(k).replace('_', ' ')} {_named_value(str(k), v)}" for k, v in cast(Mapping[str, Any], value).items()
+        )
     return show_number(value)
 
 
