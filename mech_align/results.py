@@ -82,7 +82,7 @@ class Result:
         """
         table = self.mean(PROMPT).frame() if PROMPT in self.data.dims else self.frame()
         table = table[table["effect"].notna()]
-        effect = table["effect"].to_numpy(dtype=float)
+        effect = np.asarray(table["effect"], dtype=float)
         key = {"abs": -np.abs(effect), "positive": -effect, "negative": effect}[by]
         table = table.iloc[np.argsort(key, kind="stable")[:k]].reset_index(drop=True)
         table.insert(0, "site", [site_label(row) for row in table.to_dict("records")])

@@ -76,13 +76,11 @@ def _hooked_norm(module: Any, cfg: Any) -> Norm:
 
 def _hooked_layer(block: Any, cfg: Any) -> DecoderLayer:
     attn = block.attn
-    kv = cfg.n_key_value_heads or cfg.n_heads
-    k_weight, v_weight = getattr(attn, "_W_K", None), getattr(attn, "_W_V", None)
-    k_bias, v_bias = getattr(attn, "_b_K", None), getattr(attn, "_b_V", None)
-    if getattr(cfg, "ungroup_grouped_query_attention", False):  # keys and values then have a head for each query head
-        kv, k_weight = cfg.n_heads, None
-    if k_weight is None:
-        k_weight, v_weight, k_bias, v_bias = attn.W_K, attn.W_V, attn.b_K, attn.b_V
+    # Grouped-query attention keeps its true keys and values under these names; W_K repeats them for each query head.
+    grouped = hasattr(attn, "_W_K") and not getattr(cfg, "ungroup_grouped_query_attention", False)
+    kv = (cfg.n_key_value_heads or cfg.n_heads) if grouped else cfg.n_heads
+    prefix = "_" if grouped else ""
+    k_weight, v_weight, k_bias, v_bias = (getattr(attn, prefix + name) for name in ("W_K", "W_V", "b_K", "b_V"))
 
     def project(weight: Tensor, bias: Tensor) -> Linear:
         # [head, d, d_head] cannot be viewed as [head * d_head, d]: the one copy that this room makes.

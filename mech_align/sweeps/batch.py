@@ -113,8 +113,8 @@ class Batch:
         """How much the scores change when a site is given the values that it has anyway."""
         site = self.cells[cell][0].site
         key = (site.layer, site.part)
-        at_hand = isinstance(self.engine, SuffixEngine) and key in self.engine.base
-        own = {key: self.engine.base[key]} if at_hand else self._run_values(self.model, self.tokens, {key})
+        known = self.engine.base if isinstance(self.engine, SuffixEngine) else {}
+        own = {key: known[key]} if key in known else self._run_values(self.model, self.tokens, {key})
         placed = Placed(Intervention(site, patch(), source=OWN), self._mask("all", None))
         engine = self._engine({**self.values, OWN: own})
         return float((engine.run([[placed]])[:, 0] - self._baseline).abs().max())
