@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mech_align.errors import MechAlignError, ModelNotFound, OutOfMemory, UnsupportedModel
 
@@ -64,15 +64,32 @@ def load_tokenizer(
         if not trust_remote_code or not (Path(resolved) / "tokenizer_config.json").is_file():
             return None, "the folder holds no tokenizer: prompts must be token ids"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolved, local_files_only=is_folder, trust_remote_code=trust_remote_code
-        )
+        if is_folder and _names_no_family(Path(resolved)):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(resolved, local_files_only=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                resolved, local_files_only=is_folder, trust_remote_code=trust_remote_code
+            )
     except Exception as error:
         return (
             None,
             f"the tokenizer did not load ({type(error).__name__}: {_one_line(error, 160)}): prompts must be token ids",
         )
     return tokenizer, ""
+
+
+def _names_no_family(folder: Path) -> bool:
+    """Whether ``tokenizer.json`` is all there is to the tokenizer.
+
+    Given such a folder, AutoTokenizer goes by the model's type instead: a word-level tokenizer beside a Qwen2 model gets
+    Qwen2's own splitting, and every word becomes unknown.
+    """
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    generic = settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return generic and "auto_map" not in settings and (folder / "tokenizer.json").is_file()
 
 
 def translate(error: Exception, source: object, *, is_folder: bool) -> Exception:

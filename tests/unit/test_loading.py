@@ -485,3 +485,10 @@ def test_other_objects_are_refused() -> None:
         )
     with pytest.raises(UnsupportedModel, match="both directions"):
         wrap_backend(inner)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma", "llama", "gpt2"])
+def test_the_folder_s_own_tokenizer_is_used_whatever_the_model_type(family: str, tmp_path: Path) -> None:
+    text = "Lily went to the park"
+    loaded = load_backend(tiny.save_tiny(family, tmp_path / family, tokenizer=True))
+    assert loaded.tokenizer(text)["input_ids"] == tiny.tiny_tokenizer()(text)["input_ids"]
