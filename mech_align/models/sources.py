@@ -81,8 +81,8 @@ def load_tokenizer(
 def _names_no_family(folder: Path) -> bool:
     """Whether ``tokenizer.json`` is all there is to the tokenizer.
 
-    Given such a folder, AutoTokenizer goes by the model's type instead: a word-level tokenizer beside a Qwen2 model gets
-    Qwen2's own splitting, and every word becomes unknown.
+    Given such a folder, AutoTokenizer goes by the model's type instead: a word-level tokenizer beside a Qwen2 model
+    gets Qwen2's own splitting, and every word becomes unknown.
     """
     try:
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))

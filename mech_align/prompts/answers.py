@@ -119,7 +119,8 @@ def _not_one_token(tokenizer: Any, prompt: str, answer: str, splits: list[list[i
     if answer.strip().isdigit():
         hints.append("If the number is a token id, use Pairs.from_tokens(...), which takes ids.")
     first = pieces(tokenizer, split[:1])[0]
-    hints.append(f'Or compare by the first token alone ({first!r}): encode(..., answers="first-token").')
+    how = '--answers first-token, or encode(..., answers="first-token")'
+    hints.append(f"Or compare by the first token alone ({first!r}): {how}.")
     return BadAnswer(what, why=f"It is {len(split)} tokens: {shown}.", hint=hints)
 
 
