@@ -212,7 +212,7 @@ class Batch:
     ) -> dict[tuple[int, str], Tensor]:
         readout = self.readout if model is self.model else Readout(model, self.runs, self.rows, self.metric)
         if self.kind == "full":
-            found = self.model.capture(tokens, wanted) if model is self.model else model.capture(tokens, wanted)
+            found = model.capture(tokens, wanted)
             if name is not None:
                 logits = model.run(tokens)
                 assert logits is not None

@@ -41,4 +41,4 @@ def test_every_command_is_shown():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_examples_are_python(page: Path):
     for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        compile(example, str(page), "exec")
+        assert compile(example, str(page), "exec").co_names, "an example that does nothing"
